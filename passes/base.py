@@ -1,0 +1,318 @@
+"""What a pass works on and what it is.
+
+A `Program` is one captured graph with what the passes have learnt about it. A pass takes a program, edits its graph
+through a `Builder`, and gives back a `PassResult`. All nodes carry their fake value in `meta["val"]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
+
+from ppgraph._torch import call_on_fakes, expression
+from ppgraph.config import PruneConfig
+
+Kind = Literal["attention", "mlp"]
+Role = Literal["history", "weight_term", "rows", "seen", "units", "packed"]
+
+
+class Refusal(Exception):
+    """A walk over the graph that can't go on: where, at which operator, and what would be needed."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        self.node = node
+        super().__init__(f"{node.name} ({target_name(node)}): {reason}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable block: the channels that enter its exit linear, and what is done about them.
+
+    Public names: `name`, `kind`, `layer`, `width` (channels), `kept` (channels), `entry` and `exit` (parameter
+    names), `status` and `reason`. `units` are what is dropped as a whole: query heads, or single MLP channels.
+    """
+
+    name: str
+    kind: Kind
+    layer: int
+    width: int = 0
+    kept: int = 0
+    units: int = 0
+    entry: tuple[str, ...] = ()
+    exit: tuple[str, ...] = ()
+    status: Literal["pruned", "dense"] = "dense"
+    reason: str = ""
+    refused: bool = False
+
+    @property
+    def block(self) -> int:
+        """Channels of one unit: the head size, or 1."""
+        return self.width // self.units
+
+    @property
+    def kept_units(self) -> int:
+        """Heads or channels kept."""
+        return self.kept // self.block
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """An input added to the graph that the runtime fills in at each call.
+
+    Roles: `history` [S, C] fp32 (the rows of this batch's positions, mutated), `weight_term` [C] fp32,
+    `rows` (a constant index table), `seen` [S] fp32 (samples that calibration has seen at each position, mutated),
+    `units` [U'] (a selection made before) and `packed` (a result of the packing graph; `site` is its number).
+    """
+
+    role: Role
+    site: str
+    constant: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A graph that packs selected weights, and which inputs of the program it takes."""
+
+    module: GraphModule
+    inputs: list[Node]
+
+
+@dataclass
+class Program:
+    """One captured graph on its way through the passes."""
+
+    module: GraphModule
+    config: PruneConfig
+    parameters: dict[Node, str]
+    token_mask: Node | None = None
+    sites: list[Site] = field(default_factory=list)
+    analysis: dict[str, Any] = field(default_factory=dict)
+    state_inputs: list[StateInput] = field(default_factory=list)
+    results: dict[str, Node] = field(default_factory=dict)
+    applied: list[str] = field(default_factory=list)
+    shared: dict[Any, Any] = field(default_factory=dict)
+    packing: Packing | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that passes edit."""
+        return self.module.graph
+
+    @property
+    def pruned_sites(self) -> list[Site]:
+        """The sites that are rewritten, in order."""
+        return [site for site in self.sites if site.status == "pruned"]
+
+    def placeholders(self) -> list[Node]:
+        """The graph's inputs, which stand before everything else."""
+        return list(itertools.takewhile(lambda node: node.op == "placeholder", self.graph.nodes))
+
+    def sizes(self) -> dict[Any, tuple[Node, int | None]]:
+        """Symbolic sizes that inputs have: the input that is one, or the input and its dimension."""
+        if "sizes" not in self.shared:
+            found: dict[Any, tuple[Node, int | None]] = {}
+            for node in self.placeholders():
+                value = node.meta["val"]
+                if isinstance(value, torch.SymInt):
+                    found.setdefault(expression(value), (node, None))
+                for dim, size in enumerate(shape_of(node)):
+                    if isinstance(size, torch.SymInt):
+                        found.setdefault(expression(size), (node, dim))
+            self.shared["sizes"] = found
+        sizes: dict[Any, tuple[Node, int | None]] = self.shared["sizes"]
+        return sizes
+
+    def add_state_input(self, state_input: StateInput, value: torch.Tensor) -> Node:
+        """Append a placeholder whose fake value is `value`."""
+        self.state_inputs.append(state_input)
+        last = self.placeholders()[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"{state_input.role}_{len(self.state_inputs)}")
+        node.meta["val"] = value
+        return node
+
+    def state_nodes(self, role: Role) -> list[Node]:
+        """The inputs added for a role, in order."""
+        count = len(self.state_inputs)
+        nodes = self.placeholders()[-count:] if count else []
+        return [node for node, item in zip(nodes, self.state_inputs, strict=True) if item.role == role]
+
+    def output(self) -> Node:
+        """The graph's output node."""
+        node: Node = next(iter(reversed(self.graph.nodes)))
+        return node
+
+
+@dataclass
+class PassResult:
+    """What a pass did: how many nodes it added, and what it refused, as `site: node (operator): reason`."""
+
+    inserted: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+class Pass(Protocol):
+    """A named edit of a program. `requires` names the passes that must have run before."""
+
+    name: str
+    requires: tuple[str, ...]
+
+    def __call__(self, program: Program) -> PassResult: ...
+
+
+class Builder:
+    """Adds nodes before `anchor`, each with its fake value, the anchor's stack trace and the author's name.
+
+    Arithmetic on plain numbers is done at once, so that sizes known at compile time stay ints.
+    """
+
+    def __init__(self, program: Program, anchor: Node, author: str) -> None:
+        self.program, self.anchor, self.author = program, anchor, author
+        self.inserted = 0
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nodes: list[Node] = []
+        torch.fx.map_arg((args, kwargs), nodes.append)
+        if not nodes and not isinstance(target, torch._ops.OpOverload):
+            return target(*args, **kwargs)
+        with self.program.graph.inserting_before(self.anchor):
+            node = self.program.graph.call_function(target, args, kwargs)
+        value_args, value_kwargs = torch.fx.map_arg((args, kwargs), lambda used: used.meta["val"])
+        node.meta["val"] = self._value(target, value_args, value_kwargs)
+        node.meta["stack_trace"] = self.anchor.meta.get("stack_trace", "")
+        node.meta["ppgraph_pass"] = self.author
+        self.inserted += 1
+        return node
+
+    def _value(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The fake value of a call. Calls that look alike share one: layers repeat, and symbolic sizes are slow."""
+        known = self.program.shared.setdefault("values", {})
+        key = (target, _signature(args), _signature(tuple(kwargs.items())))
+        if key not in known:
+            known[key] = call_on_fakes(target, args, kwargs)
+        return known[key]
+
+    def copy(self, node: Node, replace: Callable[[Node], Argument]) -> Node:
+        """A second `node` whose operands went through `replace`."""
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), replace)
+        assert callable(node.target)
+        return self(node.target, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def size(self, node: Node, dim: int) -> Any:
+        """Size of a dimension: an int, or the node that computes it."""
+        size = node.meta["val"].shape[dim]
+        if not isinstance(size, torch.SymInt):
+            return size
+        sources = self.program.sizes()
+        formula = expression(size)
+        if _is_computable(formula, sources):
+            return self._computed(formula, sources)
+        return self(torch.ops.aten.sym_size.int, node, dim)
+
+    def _computed(self, term: Any, sources: dict[Any, tuple[Node, int | None]]) -> Any:
+        """The node that computes a formula whose atoms are all in `sources`."""
+        if term in sources:
+            source, dim = sources[term]
+            return source if dim is None else self(torch.ops.aten.sym_size.int, source, dim)
+        if term.is_Integer:
+            return int(term)
+        apply = operator.add if term.is_Add else operator.mul
+        parts = [self._computed(part, sources) for part in term.args]
+        return functools.reduce(lambda left, right: self(apply, left, right), parts)
+
+    def share_of(self, size: Any, share: float) -> Any:
+        """`ceil(size * share)` in whole numbers, for an int or a symbolic size."""
+        from fractions import Fraction
+
+        exact = Fraction(str(share))
+        scaled = self(operator.add, self(operator.mul, size, exact.numerator), exact.denominator - 1)
+        return self(operator.floordiv, scaled, exact.denominator)
+
+    def add(self, left: Any, right: Any) -> Any:
+        """`left + right` with broadcasting."""
+        return self(torch.ops.aten.add.Tensor, left, right)
+
+    def mul(self, left: Any, right: Any) -> Any:
+        """`left * right` with broadcasting."""
+        return self(torch.ops.aten.mul.Tensor, left, right)
+
+    def sum(self, node: Node, dim: int) -> Node:
+        """Sum over one dimension, which goes."""
+        return self(torch.ops.aten.sum.dim_IntList, node, [dim])  # type: ignore[no-any-return]
+
+    def where(self, condition: Node, left: Any, right: Any) -> Node:
+        """`left` where the condition holds, else `right` (a node or a number)."""
+        tensor = isinstance(right, Node) and isinstance(right.meta["val"], torch.Tensor)
+        overload = torch.ops.aten.where.self if tensor else torch.ops.aten.where.ScalarOther
+        return self(overload, condition, left, right)  # type: ignore[no-any-return]
+
+    def select(self, node: Node, dim: int, index: Node) -> Node:
+        """`index_select`: the given indices of one dimension."""
+        return self(torch.ops.aten.index_select.default, node, dim, index)  # type: ignore[no-any-return]
+
+    def highest(self, scores: Node, count: Any) -> Node:
+        """Indices of the `count` highest of a vector, best first; of equal scores the lower index wins."""
+        order = self(torch.ops.aten.sort.stable, scores, stable=True, dim=0, descending=True)
+        indices = self(operator.getitem, order, 1)
+        if isinstance(count, int):
+            return self(torch.ops.aten.slice.Tensor, indices, 0, 0, count)  # type: ignore[no-any-return]
+        # A slice to a symbolic end has the size Min(end, size), which every later size would drag along.
+        first = self(torch.ops.aten.arange.default, count, device=indices.meta["val"].device)
+        return self.select(indices, 0, first)
+
+    def ascending(self, index: Node) -> Node:
+        """A vector's elements in ascending order."""
+        return self(operator.getitem, self(torch.ops.aten.sort.default, index), 0)  # type: ignore[no-any-return]
+
+
+def target_name(node: Node) -> str:
+    """`aten.linear` for a call, the kind of node otherwise."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target.overloadpacket.__name__}"
+    return getattr(target, "__name__", str(target))
+
+
+def _signature(value: Any) -> Any:
+    """What decides the fake value of a call on `value`, hashable."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride())
+        return (torch.Tensor, value.dtype, value.device, value.dim(), tuple(map(expression, sizes)))
+    if isinstance(value, torch.SymInt):
+        return (torch.SymInt, expression(value))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    return (type(value), value)
+
+
+def _is_computable(formula: Any, sources: dict[Any, tuple[Node, int | None]]) -> bool:
+    """Whether sums and products of known sizes give a formula."""
+    if formula in sources or formula.is_Integer:
+        return True
+    return (formula.is_Add or formula.is_Mul) and all(_is_computable(part, sources) for part in formula.args)
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """The sizes of a node's tensor; an empty tuple for anything else."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are known to be equal, without guarding on it."""
+    return bool((expression(left) - expression(right)).expand() == 0)
+
+
+def is_static(size: Any) -> bool:
+    """Whether a size is known at compile time."""
+    return not isinstance(size, torch.SymInt) or bool(expression(size).is_number)

@@ -1,0 +1,193 @@
+"""Insert the probe: the samples and tokens with the largest residuals run ahead through each block.
+
+Paper symbols (Probe Pruning, section 4.1): R is the residual stream, n its norms, S' and B' the numbers of probed
+tokens and samples, y the probe's channels. Tokens are chosen first, over all samples; then samples, over those tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ppgraph.passes.base import Builder, PassResult, Program, shape_of
+from ppgraph.passes.find_sites import Block
+from ppgraph.passes.token_axes import Prober, Sampling
+
+aten = torch.ops.aten
+
+# With so few probed tokens the first token, where attention gathers, is always one of them (method, step 1).
+FEW_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the real tokens lie when an attention mask was given; rows are aligned at their first real token.
+
+    `columns` [B, S]: the column of each sample's j-th place (the last column past its end). `real` [B, S]: whether a
+    real token is there. `length` []: the number of places at which any sample has a token.
+    """
+
+    columns: Node
+    real: Node
+    length: Node
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The probed channels `y` [B', S', C] of a site and the samples and tokens they belong to."""
+
+    y: Node
+    sampling: Sampling
+
+
+class InsertProbe:
+    """Adds, ahead of every pruned block, that block on the chosen samples and tokens with its dense weights."""
+
+    name = "insert_probe"
+    requires: tuple[str, ...] = ("find_sites",)
+
+    def __call__(self, program: Program) -> PassResult:
+        inserted = 0
+        if program.config.statistics == "history":
+            return PassResult()
+        for site in program.pruned_sites:
+            block: Block = program.analysis[site.name]
+            build = Builder(program, block.exit_linear, self.name)
+            sampling = sampling_of(program, build, block.stream)
+            gathered = program.shared.setdefault(("gathered", block.stream), {})
+            y = Prober(block.probe, build, sampling, gathered).run()
+            sizes = [sampling.sample_count, sampling.token_count, site.width]
+            if len(shape_of(y)) == 2:
+                y = build(aten.reshape.default, y, sizes)
+            program.shared["probe", site.name] = Probe(y, sampling)
+            inserted += build.inserted
+        return PassResult(inserted)
+
+
+def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None:
+    """Alignment of the batch, computed once a graph; None when there is no attention mask."""
+    if program.token_mask is None:
+        return None
+    if "padding" not in program.shared:
+        program.shared["padding"] = _padding(program.token_mask, build, stream)
+    padding: Padding = program.shared["padding"]
+    return padding
+
+
+def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
+    length = build.size(stream, 1)
+    total = build.size(mask, 1)
+    if total is not length:
+        mask = build(aten.slice.Tensor, mask, 1, build(operator.sub, total, length), total)
+    real = build(aten.ne.Scalar, mask, 0)
+    start = build(aten.argmax.default, build(aten.to.dtype, real, torch.int32), 1, True)
+    columns = build.add(start, build(aten.arange.default, length, device=mask.meta["val"].device))
+    inside = build(aten.lt.Scalar, columns, length)
+    columns = build(aten.clamp.default, columns, None, build(operator.sub, length, 1))
+    aligned = build(aten.logical_and.default, build(aten.gather.default, real, 1, columns), inside)
+    places = build(aten.any.dim, aligned, 0)
+    return Padding(columns, aligned, build(aten.sum.default, places))
+
+
+def sampling_of(program: Program, build: Builder, stream: Node) -> Sampling:
+    """The samples and tokens to probe for a residual stream, chosen once for all blocks that read it."""
+    key = ("sampling", stream)
+    if key not in program.shared:
+        program.shared[key] = _sampling(program, build, stream)
+    sampling: Sampling = program.shared[key]
+    return sampling
+
+
+def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
+    config = program.config
+    samples, length = build.size(stream, 0), build.size(stream, 1)
+    sample_count = build.share_of(samples, config.probe_batch)
+    token_count = build(torch.sym_max, build.share_of(length, config.probe_tokens), 2)
+    if isinstance(length, int):  # a symbolic length is at least 2
+        token_count = min(token_count, length)
+    norms = build(aten.linalg_vector_norm.default, build(aten.to.dtype, stream, torch.float32), 2, [-1])
+    padding = padding_of(program, build, stream)
+    used: Node | None = None
+    if padding is None:
+        tokens = _most_important_tokens(build, norms, token_count)
+    else:
+        norms = build.where(padding.real, build(aten.gather.default, norms, 1, padding.columns), 0.0)
+        tokens, used = _most_important_real_tokens(build, norms, token_count, padding, config.probe_tokens, length)
+    chosen = build.select(norms, 1, tokens)
+    if used is not None:
+        chosen = build.where(used, chosen, 0.0)
+    by_sample = build(aten.linalg_vector_norm.default, chosen, 2, [1])
+    best = build.ascending(build.highest(by_sample, sample_count))
+    return _placed(build, best, tokens, used, padding, (sample_count, token_count, length))
+
+
+def _most_important_tokens(build: Builder, norms: Node, count: Any) -> Node:
+    """Step 1 for a batch without padding: [B, S] norms -> [S'] ascending."""
+    importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
+    tokens = build.ascending(build.highest(importance, count))
+    if isinstance(count, int):
+        few: Any = count <= FEW_TOKENS
+        if not few:
+            return tokens
+    sink = build(aten.eq.Scalar, _arange(build, count, tokens), 0)
+    if not isinstance(count, int):
+        few = build(
+            aten.le.Scalar,
+            build(aten.scalar_tensor.default, count, device=tokens.meta["val"].device),
+            FEW_TOKENS,
+        )
+        sink = build(aten.logical_and.default, sink, few)
+    return build(aten.masked_fill.Scalar, tokens, sink, 0)  # type: ignore[no-any-return]
+
+
+def _most_important_real_tokens(
+    build: Builder, norms: Node, count: Any, padding: Padding, share: float, length: Any
+) -> tuple[Node, Node]:
+    """Step 1 under padding: `count` places sized by the batch's shape, of which its real length decides how many count.
+
+    Returns tokens [S'] ascending, fillers last, and used [S'], False at fillers.
+    """
+    from fractions import Fraction
+
+    exact = Fraction(str(share))
+    scaled = build.add(build.mul(padding.length, exact.numerator), exact.denominator - 1)
+    wanted = build(aten.clamp.default, build(aten.floor_divide.default, scaled, exact.denominator), 2)
+    wanted = build(aten.minimum.default, wanted, padding.length)
+    importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
+    best = build.highest(importance, count)
+    rank = _arange(build, count, best)
+    ordered = build.ascending(build.where(build(aten.lt.Tensor, rank, wanted), best, length))
+    few = build(aten.le.Scalar, wanted, FEW_TOKENS)
+    sink = build(aten.logical_and.default, build(aten.eq.Scalar, rank, 0), few)
+    ordered = build(aten.masked_fill.Scalar, ordered, sink, 0)
+    used = build(aten.lt.Scalar, ordered, length)
+    return build(aten.clamp.default, ordered, None, build(operator.sub, length, 1)), used
+
+
+def _placed(
+    build: Builder,
+    samples: Node,
+    tokens: Node,
+    used: Node | None,
+    padding: Padding | None,
+    counts: tuple[Any, Any, Any],
+) -> Sampling:
+    """Where the chosen tokens lie in the batch."""
+    sample_count, token_count, length = counts
+    rows = build(aten.unsqueeze.default, samples, 1)
+    columns, real = tokens, None
+    if padding is not None and used is not None:
+        columns = build(aten.index.Tensor, padding.columns, [rows, tokens])
+        real = build(aten.logical_and.default, build(aten.index.Tensor, padding.real, [rows, tokens]), used)
+    flat = build(aten.reshape.default, build.add(build.mul(rows, length), columns), [-1])
+    if real is not None and isinstance(sample_count, int) and sample_count == 1:
+        columns = build(aten.reshape.default, columns, [-1])
+    return Sampling(samples, tokens, columns, flat, sample_count, token_count, real, used)
+
+
+def _arange(build: Builder, count: Any, like: Node) -> Node:
+    return build(aten.arange.default, count, device=like.meta["val"].device)  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""Runs passes over a program: in order, each once, timed, verified and recorded."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from ppgraph.errors import GraphError
+from ppgraph.passes.base import Pass, Program
+from ppgraph.passes.verify import verify
+
+log = logging.getLogger("ppgraph.passes")
+
+
+def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
+    """Run `passes` over `program` in place, then attach their results to the graph's output.
+
+    Raises:
+        GraphError: a pass ran before, what it requires did not run, or it left an illegal graph.
+    """
+    for step in passes:
+        _check_order(program, step)
+        start = time.perf_counter()
+        outcome = step(program)
+        verify(program, step.name)
+        program.applied.append(step.name)
+        elapsed_ms = 1e3 * (time.perf_counter() - start)
+        log.info(
+            "%s: %d nodes added, %d refusals, %.0f ms",
+            step.name,
+            outcome.inserted,
+            len(outcome.refused),
+            elapsed_ms,
+        )
+        for refusal in outcome.refused:
+            log.info("%s refused %s", step.name, refusal)
+    _attach_results(program)
+    return program
+
+
+def _check_order(program: Program, step: Pass) -> None:
+    if step.name in program.applied:
+        raise GraphError(f"{step.name} has already run on this graph; capture the model again to rewrite it again")
+    missing = [name for name in step.requires if name not in program.applied]
+    if missing:
+        raise GraphError(f"{step.name} needs {', '.join(missing)} to run before it; found {program.applied or 'none'}")
+
+
+def _attach_results(program: Program) -> None:
+    """Results become outputs after the model's own; what nothing uses any more goes."""
+    output = program.output()
+    (outputs,) = output.args
+    assert isinstance(outputs, (tuple, list))
+    output.args = ((*outputs, *program.results.values()),)
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.module.recompile()

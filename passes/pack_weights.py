@@ -1,0 +1,68 @@
+"""Pack the weights: what depends only on a selection and on parameters is computed once, not at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ppgraph.passes.base import Packing, PassResult, Program, StateInput
+
+
+class PackWeights:
+    """Moves the selection of weights into a graph of its own, `program.packing`.
+
+    The packing graph takes the parameters and selections it needs and gives the packed tensors, which the step's
+    graph takes as inputs in their place.
+    """
+
+    name = "pack_weights"
+    requires: tuple[str, ...] = ("reuse_selection", "select_weights")
+
+    def __call__(self, program: Program) -> PassResult:
+        selected = nodes_of_selection(program)
+        packed = [node for node in selected if any(user not in selected for user in node.users)]
+        program.packing = Packing(*_packing_graph(program, packed))
+        for number, node in enumerate(packed):
+            placeholder = program.add_state_input(StateInput("packed", str(number)), node.meta["val"])
+            node.replace_all_uses_with(placeholder)
+        return PassResult(len(packed))
+
+
+def nodes_of_selection(program: Program) -> dict[Node, None]:
+    """Calls made of nothing but a selection, parameters and constants."""
+    known = dict.fromkeys(program.parameters, False)
+    known |= {node: True for role in ("units", "rows") for node in program.state_nodes(role)}
+    for node in program.graph.nodes:
+        if _is_pure(node) and all(operand in known for operand in node.all_input_nodes):
+            known[node] = any(known[operand] for operand in node.all_input_nodes)
+    return {node: None for node, selected in known.items() if selected and node.op == "call_function"}
+
+
+def _is_pure(node: Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, list[Node]]:
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    needed = _all_operands(packed)
+    inputs = [node for node in program.placeholders() if node in needed]
+    for node in program.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in packed))
+    return GraphModule(torch.nn.Module(), graph), inputs
+
+
+def _all_operands(nodes: list[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += node.all_input_nodes
+    return seen

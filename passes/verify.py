@@ -1,0 +1,71 @@
+"""What a legal graph looks like after each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from ppgraph.errors import GraphError
+from ppgraph.passes.base import Program, shape_of
+
+aten = torch.ops.aten
+
+
+def verify(program: Program, stage: str) -> None:
+    """Check the promises of `stage` and those that always hold.
+
+    Raises:
+        GraphError: naming the stage, the node and the broken promise.
+    """
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "call_function") and "val" not in node.meta:
+            raise GraphError(f"after {stage}: {node.name} carries no fake value; passes add nodes through Builder")
+    check = PROMISES.get(stage)
+    if check is not None:
+        check(program)
+
+
+def _every_site_is_probed(program: Program) -> None:
+    for site in program.pruned_sites:
+        probe = program.shared.get(("probe", site.name))
+        if program.config.statistics != "history" and (probe is None or shape_of(probe.y)[-1] != site.width):
+            raise GraphError(f"after insert_probe: {site.name} has no probe of its {site.width} channels")
+
+
+def _every_site_has_indices(program: Program) -> None:
+    for site in program.pruned_sites:
+        _, channels = program.shared["kept", site.name]
+        if shape_of(channels) != (site.kept,):
+            raise GraphError(
+                f"after insert_score: {site.name} keeps {list(shape_of(channels))} channels, not {site.kept}"
+            )
+
+
+def _no_dense_exit_is_left(program: Program) -> None:
+    for site in program.pruned_sites:
+        narrowed: Node = program.shared["narrowed", site.name]
+        if shape_of(narrowed)[-1] != site.kept:
+            raise GraphError(f"after select_weights: {site.name} has width {shape_of(narrowed)[-1]}, not {site.kept}")
+        block = program.analysis[site.name]
+        if any(node is block.exit_linear for node in program.graph.nodes):
+            raise GraphError(f"after select_weights: the dense exit linear of {site.name} is still in the graph")
+
+
+def _history_is_written_once(program: Program) -> None:
+    written = [
+        node.args[0] for node in program.graph.nodes if node.target in (aten.index_copy_.default, aten.copy_.default)
+    ]
+    if len(written) != len(set(written)):
+        raise GraphError("a history is written twice in one graph")
+
+
+PROMISES: dict[str, Callable[[Program], None]] = {
+    "insert_probe": _every_site_is_probed,
+    "insert_score": _every_site_has_indices,
+    "select_weights": _no_dense_exit_is_left,
+    "update_history": _history_is_written_once,
+    "observe_channels": _history_is_written_once,
+}

@@ -1,0 +1,232 @@
+"""Everything private of torch that ppgraph relies on, in one place; `tests/test_torch_canaries.py` watches each.
+
+Checked with torch 2.11 to 2.13. When a release breaks one of these, the canary of the same name says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch._dynamo.config
+import torch.fx.experimental._config as _symbolic_config
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.output_graph import OutputGraph
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.functions import FloorDiv
+
+__all__ = [
+    "BackendCompilerFailed",
+    "FakeTensorMode",
+    "call_on_fakes",
+    "compiled_with",
+    "dynamo_settings",
+    "expression",
+    "fake_mode_of",
+    "fresh_function",
+    "graph_world",
+    "inductor_options",
+    "lower_with_inductor",
+    "placeholder_source",
+    "placeholder_values",
+    "quotient",
+    "source_argument",
+    "source_parameter",
+    "to_aten",
+    "traced_module",
+    "unset_fake_temporarily",
+]
+
+
+def placeholder_values(module: GraphModule) -> list[Any]:
+    """Fake tensors and SymInts of a Dynamo graph's placeholders, in order."""
+    return [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode that Dynamo's fake values live in (its backend runs under a younger one with the same shapes)."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise RuntimeError("the captured graph has no tensor input")
+
+
+@contextlib.contextmanager
+def graph_world(mode: FakeTensorMode) -> Iterator[None]:
+    """Compute fake values in `mode` without guarding on sizes that happen to be 0 or 1.
+
+    A probe of one sample today may be one of two samples tomorrow: `backed_size_oblivious` keeps the broadcasting
+    rules from turning that into a guard and so into a recompilation.
+    """
+    with tracing(TracingContext(mode)), mode, _symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
+
+
+def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator on fake values, with the kernels in Python that take symbolic sizes.
+
+    Without them `baddbmm` refuses to broadcast its first operand (torch 2.13).
+    """
+    with enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
+def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
+    """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`."""
+    traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    assert isinstance(traced, GraphModule)
+    return traced
+
+
+def inductor_options() -> frozenset[str]:
+    """Names that `torch.compile(options=...)` takes for Inductor."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy()) - {"_raise_error_for_testing"}
+
+
+def lower_with_inductor(
+    module: GraphModule, values: Sequence[Any], options: Mapping[str, Any] | None
+) -> Callable[..., Sequence[Any]]:
+    """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
+    compiled = compile_fx(module, list(values), config_patches=dict(options) if options else None)
+    assert callable(compiled)
+    return compiled
+
+
+def placeholder_source(node: Node) -> str:
+    """Where Dynamo found this input, as text such as `L['self']._modules['model']…`; empty when unknown."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else _source_name(source)
+
+
+def _source_name(source: Any) -> str:
+    """A method up to torch 2.11, a property since."""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def traced_module(module: GraphModule) -> torch.nn.Module | None:
+    """The model whose parameters a Dynamo graph reads, while Dynamo is calling its backend; None when there is none.
+
+    Dynamo hands its backend names such as `L['self']._modules[...]`; what `L` stands for is in its OutputGraph.
+    """
+    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+    parameters = (node for node in placeholders if source_parameter(placeholder_source(node)))
+    source = getattr(next(parameters, None), "_dynamo_source", None)
+    scopes = _dynamo_scopes()
+    if source is None or scopes is None:
+        return None
+    while "._modules" in _source_name(source) or "._parameters" in _source_name(source):
+        source = source.base
+    # An access path that Dynamo made, such as L['args'][0]; no user's text.
+    root = eval(_source_name(source), {"__builtins__": {}}, scopes)  # noqa: S307
+    if not isinstance(root, torch.nn.Module):
+        return None
+    # Models of one class share their code, so their graphs too unless a guard tells them apart.
+    TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+    return root
+
+
+def _dynamo_scopes() -> dict[str, Any] | None:
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        graph = frame.f_locals.get("self")
+        if isinstance(graph, OutputGraph):
+            return {"L": graph.local_scope, "G": graph.global_scope}
+        frame = frame.f_back
+    return None
+
+
+def compiled_with(model: object) -> tuple[torch.nn.Module, str, dict[str, Any]] | None:
+    """The module behind `torch.compile(model, ...)` or `model.compile(...)`, with its backend's name and arguments."""
+    context: Any = None
+    if isinstance(model, OptimizedModule):
+        inner, context = model._orig_mod, model.dynamo_ctx
+    elif isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None:
+        closure = model._compiled_call_impl.get_compiler_config.__closure__  # type: ignore[attr-defined]
+        contents = [cell.cell_contents for cell in closure or ()]
+        inner, context = model, next((item for item in contents if hasattr(item, "callback")), None)
+    else:
+        return None
+    backend: Any = getattr(context, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        if hasattr(backend, "compiler_name") and hasattr(backend, "kwargs"):
+            break
+        backend = backend._torchdynamo_orig_backend
+    return inner, str(getattr(backend, "compiler_name", "")), dict(getattr(backend, "kwargs", {}))
+
+
+def source_parameter(source: str) -> str:
+    """Dotted parameter or buffer name in a Dynamo source, or an empty string when it is neither."""
+    if not re.search(r"_(parameters|buffers)\['[^']+'\]$", source):
+        return ""
+    return ".".join(re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source))
+
+
+def source_argument(source: str) -> str:
+    """Name of the model argument a Dynamo source stands for (`attention_mask`), or an empty string."""
+    match = re.fullmatch(r"L(?:\['kwargs'\])?\['(\w+)'\]", source)
+    return match.group(1) if match else ""
+
+
+def expression(size: Any) -> sympy.Expr:
+    """The size as a sympy expression, so that two sizes compare without adding a guard."""
+    return _without_floors(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_floors(formula: sympy.Expr) -> sympy.Expr:
+    """`view(-1)` leaves sizes such as `s*t//t`; where that comes out even, the plain `s`."""
+    if not formula.has(FloorDiv):
+        return formula
+    return formula.replace(FloorDiv, lambda left, right: quotient(left, right) or FloorDiv(left, right))
+
+
+@functools.lru_cache(maxsize=4096)
+def quotient(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """`dividend / divisor` where it comes out even whatever the symbols stand for, else None."""
+    found = dividend / divisor
+    if not found.is_Integer:
+        found = sympy.cancel(found)
+        if found.as_numer_denom()[1] != 1:
+            return None
+    return found if found != 0 else None
+
+
+def fresh_function(template: types.FunctionType) -> types.FunctionType:
+    """A copy of `template` with a code object of its own.
+
+    Dynamo keeps its compiled graphs and counts recompilations by code object; models that share a `forward` would
+    otherwise use up one another's limit.
+    """
+    copied = types.FunctionType(
+        template.__code__.replace(),
+        template.__globals__,
+        template.__name__,
+        template.__defaults__,
+        template.__closure__,
+    )
+    copied.__kwdefaults__ = template.__kwdefaults__
+    return copied
+
+
+@contextlib.contextmanager
+def dynamo_settings() -> Iterator[None]:
+    """Dynamo as ppgraph captures with it: floats of the config are constants (as symbols they compile twice)."""
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield

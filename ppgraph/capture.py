@@ -1,0 +1,142 @@
+"""From Dynamo's graph to a `Program`: one normalised ATen graph that knows its parameters and its token mask.
+
+Together with `backend.py` and `transform.py` the only code that knows names of transformers' arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ppgraph import _torch
+from ppgraph.config import PruneConfig
+from ppgraph.passes.base import Program
+from ppgraph.passes.operators import is_view
+
+aten = torch.ops.aten
+
+ATTENTION_MASK = "attention_mask"
+
+
+def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any]]:
+    """Normalise a graph that Dynamo handed to its backend.
+
+    Returns the program and the fake values of its inputs. Must run inside `_torch.graph_world`.
+    """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    sources = [_torch.placeholder_source(node) for node in placeholders]
+    values = _torch.placeholder_values(module)
+    traced = _torch.to_aten(module, values)
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    parameters: dict[Node, str] = {}
+    token_mask = None
+    for node, source in zip(inputs, sources, strict=True):
+        name = _torch.source_parameter(source)
+        if name:
+            parameters[node] = name
+        if _torch.source_argument(source) == ATTENTION_MASK and node.meta["val"].dim() == 2:
+            token_mask = node
+    normalise(traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return Program(traced, config, parameters, token_mask), values
+
+
+def normalise(module: GraphModule) -> None:
+    """Spell alike what transformers spells in several ways; the graph computes the same as before."""
+    for node in list(module.graph.nodes):
+        for rule in (_drop_empty_from_cat, _spell_type_as_cast, _assign_to_slice, _without_mutation):
+            if rule(node):
+                break
+
+
+def _drop_empty_from_cat(node: Node) -> bool:
+    """A fresh cache joins its first keys to an empty tensor; without it the keys are seen as what they are."""
+    if node.target is not aten.cat.default:
+        return False
+    tensors: Any = node.args[0]
+    filled = [tensor for tensor in tensors if tuple(tensor.meta["val"].shape) != (0,)]
+    if len(filled) != 1 or len(tensors) == 1:
+        return False
+    # A copy, as cat makes: the strides of what the cache gets decide whether the next step's graph fits.
+    node.target, node.args = aten.clone.default, (filled[0],)
+    node.kwargs = {"memory_format": torch.contiguous_format}
+    return True
+
+
+def _spell_type_as_cast(node: Node) -> bool:
+    """`x.type_as(y)` needs only y's dtype: as a cast it does not tie x to all that y is made of."""
+    if node.target is not aten.type_as.default:
+        return False
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if source.meta["val"].device != node.meta["val"].device:
+        return False
+    node.target, node.args = aten.to.dtype, (source, node.meta["val"].dtype)
+    return True
+
+
+def _assign_to_slice(node: Node) -> bool:
+    """`x[..., a:b] = y` becomes `slice_scatter`, so that what is in x can be seen from its operands."""
+    if node.target is not aten.copy_.default or node.users:
+        return False
+    piece, source = node.args[:2]
+    if not isinstance(piece, Node) or piece.target is not aten.slice.Tensor or set(piece.users) != {node}:
+        return False
+    base = piece.args[0]
+    assert isinstance(base, Node)
+    if base.op != "call_function" or not _owns_memory(base):
+        return False
+    with node.graph.inserting_before(node):
+        scattered = node.graph.call_function(aten.slice_scatter.default, (base, source, *piece.args[1:]))
+    scattered.meta = dict(base.meta)
+    _rename_after(base, scattered)
+    node.graph.erase_node(node)
+    node.graph.erase_node(piece)
+    return True
+
+
+def _without_mutation(node: Node) -> bool:
+    """`add_` becomes `add` where nothing reads the overwritten tensor afterwards."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    name, source = target.overloadpacket.__name__, node.args[0] if node.args else None
+    pure = getattr(aten, name.rstrip("_"), None)
+    if target.namespace != "aten" or not name.endswith("_") or pure is None or not isinstance(source, Node):
+        return False
+    if target._overloadname not in pure.overloads() or not _owns_memory(source) or _has_users_after(source, node):
+        return False
+    node.target = getattr(pure, target._overloadname)
+    return True
+
+
+def _owns_memory(node: Node) -> bool:
+    """Whether nothing but this node's own users can see its memory."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or is_view(node):
+        return False
+    return all(result.alias_info is None for result in target._schema.returns)
+
+
+def _has_users_after(node: Node, place: Node) -> bool:
+    return any(user is not place and user > place for user in node.users)
+
+
+def _rename_after(old: Node, new: Node) -> None:
+    """Users of `old` that come after `new` read `new` instead."""
+    for user in [user for user in old.users if user > new]:
+        user.replace_input_with(old, new)
+
+
+def parameter_values(program: Program, inputs: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+    """The real parameters among a graph's inputs, by name."""
+    placeholders = program.placeholders()
+    return {
+        program.parameters[node]: value
+        for node, value in zip(placeholders, inputs, strict=False)
+        if node in program.parameters and isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,274 @@
+"""What to prune and how: `PruneConfig`, and the widths that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Final
+
+from ppgraph.errors import ConfigError
+
+BLOCKS: Final = ("attention", "mlp")
+STATISTICS: Final = ("fused", "probe", "history")
+DECODE_MODES: Final = ("reuse", "dense", "probe")
+
+KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
+"""Names that `PruneConfig.score` accepts. Registering a score of one's own adds its name here."""
+
+_PRESETS: Final[dict[str, dict[str, object]]] = {
+    "pp": {
+        "score": "ppsp",
+        "statistics": "fused",
+        "probe_batch": 0.05,
+        "probe_tokens": 0.5,
+        "history_momentum": 0.99,
+    },
+    "full-batch": {
+        "score": "ppsp",
+        "statistics": "probe",
+        "probe_batch": 1.0,
+        "probe_tokens": 1.0,
+        "history_momentum": 1.0,
+    },
+    "wanda-sp": {"score": "wanda-sp", "statistics": "history", "history_momentum": 1.0},
+    "flap": {"score": "flap", "statistics": "history", "history_momentum": 1.0},
+}
+"""What each method stands for. A momentum of 1 freezes the history: these three do not update it."""
+
+_DEFAULT_METHOD: Final = "pp"
+
+# Stands for "whatever the method says" until `__post_init__` puts the preset's value in its place, so that a
+# value which the user wrote can be told from one which was left out.
+_FROM_METHOD: Final[Any] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """How a model is pruned: frozen, hashable, checked at construction.
+
+    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens` and `history_momentum`:
+    what is left out (or None) takes the method's value. The values of `"pp"` are mere defaults; the other
+    methods *are* their values, so another written beside them raises. Once constructed, every field holds a
+    concrete value.
+
+    Attributes:
+        ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
+        method: `"pp"`, `"full-batch"`, `"wanda-sp"` or `"flap"`.
+        score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
+        statistics: What the score reads: the probe and the history `"fused"`, or only one of them.
+        probe_batch: Share of the samples that is probed, in `(0, 1]`.
+        probe_tokens: Share of the tokens that is probed, in `(0, 1]`.
+        history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
+        skip_layers: Number of first layers left dense.
+        rescale_ratio: Raise the ratio of the other layers to make up for the skipped ones.
+        width_multiple: Kept MLP widths are multiples of it.
+        blocks: The blocks that are pruned, in the order `("attention", "mlp")`.
+        decode: Single-token steps `"reuse"` the last selection, run `"dense"`, or `"probe"` anew.
+        strict: Raise where a block cannot be rewritten, instead of leaving it dense and saying so.
+
+    Raises:
+        ConfigError: A value has the wrong type, is out of range, or contradicts `method`.
+    """
+
+    ratio: float = 0.4
+    method: str = _DEFAULT_METHOD
+    score: str = _FROM_METHOD
+    statistics: str = _FROM_METHOD
+    probe_batch: float = _FROM_METHOD
+    probe_tokens: float = _FROM_METHOD
+    history_momentum: float = _FROM_METHOD
+    skip_layers: int = 3
+    rescale_ratio: bool = True
+    width_multiple: int = 64
+    blocks: tuple[str, ...] = BLOCKS
+    decode: str = "reuse"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _CHECKS["method"]("method", self.method)
+        defaults = _PRESETS[_DEFAULT_METHOD] | _PRESETS[self.method]
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is None and name in defaults:
+                value = defaults[name]
+            object.__setattr__(self, name, check(name, value))  # the documented way in a frozen dataclass
+        if self.method != _DEFAULT_METHOD:
+            self._require_preset()
+
+    def _require_preset(self) -> None:
+        for name, fixed in _PRESETS[self.method].items():
+            value = getattr(self, name)
+            if value != fixed:
+                raise ConfigError(
+                    f"method {self.method!r} means {name}={fixed!r}, found {value!r}; "
+                    f"leave {name} out, or use method={_DEFAULT_METHOD!r}, which may be varied"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON-ready values; `from_dict` takes them back."""
+        return dataclasses.asdict(self) | {"blocks": list(self.blocks)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruneConfig:
+        """Build a config from a mapping of field names; fields that are absent take their defaults.
+
+        Raises:
+            ConfigError: A key is no field, or a value is bad.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"expected a mapping of PruneConfig fields, found {_show(values)}")
+        _require_known(values)
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> PruneConfig:
+        """Return a copy with some fields changed.
+
+        Fields that hold the values of the old `method` follow a new one.
+
+        Raises:
+            ConfigError: A name is no field, or the result contradicts itself.
+        """
+        _require_known(changes)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        preset = _PRESETS[_DEFAULT_METHOD] | _PRESETS[self.method]
+        kept = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
+        return type(self)(**(kept | changes))
+
+
+def field_names() -> tuple[str, ...]:
+    """Names of the fields of `PruneConfig`."""
+    return tuple(field.name for field in dataclasses.fields(PruneConfig))
+
+
+def layer_ratio(config: PruneConfig, num_layers: int) -> float:
+    """Return the ratio of each layer that is not skipped, `r' = round(r*N/(N - skip), 2)`.
+
+    The skipped first layers stay dense, so the others lose more: the average over all is `config.ratio`.
+    Without `rescale_ratio`, or with a ratio of 0, it is `config.ratio` itself.
+
+    Args:
+        config: Gives `ratio`, `skip_layers` and `rescale_ratio`.
+        num_layers: Decoder layers of the model, `N`.
+
+    Raises:
+        ConfigError: No layer is left to prune, or the result is 1 or more.
+    """
+    if config.ratio == 0:
+        return 0.0
+    if config.skip_layers >= num_layers:
+        raise ConfigError(
+            f"skip_layers={config.skip_layers} leaves none of the model's {num_layers} layers to prune; "
+            f"use at most {max(num_layers - 1, 0)}, or ratio=0"
+        )
+    if not config.rescale_ratio:
+        return config.ratio
+    ratio = round(config.ratio * num_layers / (num_layers - config.skip_layers), 2)
+    if ratio >= 1:
+        raise ConfigError(
+            f"ratio={config.ratio} over {num_layers} layers with skip_layers={config.skip_layers} asks for a "
+            f"ratio of {ratio} in the others, expected below 1; lower ratio or skip_layers, "
+            f"or set rescale_ratio=False"
+        )
+    return ratio
+
+
+def kept_heads(heads: int, ratio: float) -> int:
+    """Return how many of `heads` query heads a layer keeps, `H - int(r'*H)`."""
+    return heads - int(ratio * heads)
+
+
+def kept_channels(width: int, ratio: float, multiple: int) -> int:
+    """Return how many of `width` channels a layer keeps: `C - int(r'*C)`, up to a `multiple`, at most `C`."""
+    kept = width - int(ratio * width)
+    return min(width, math.ceil(kept / multiple) * multiple)
+
+
+def _require_known(names: Iterable[str]) -> None:
+    """Raise for the first name that is no field, naming the nearest field."""
+    fields = [field.name for field in dataclasses.fields(PruneConfig)]
+    for name in names:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"PruneConfig has no field {name!r}; {hint}")
+
+
+def _show(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[str, Any], float]:
+    """Make a check for real numbers of an interval; it gives them back as `float`."""
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+
+    def check(name: str, value: Any) -> float:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number:
+            raise ConfigError(f"{name} must be a number in {interval}, found {_show(value)}")
+        above = low < value if open_low else low <= value
+        below = value < high if open_high else value <= high
+        if not (above and below):  # NaN ends here too
+            raise ConfigError(f"{name} must be in {interval}, found {value!r}")
+        return float(value)
+
+    return check
+
+
+def _integer(low: int) -> Callable[[str, Any], int]:
+    """Make a check for whole numbers from `low` on; it gives them back as `int`."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+            raise ConfigError(f"{name} must be a whole number, at least {low}, found {_show(value)}")
+        return int(value)
+
+    return check
+
+
+def _choice(known: Collection[str]) -> Callable[[str, Any], str]:
+    """Make a check for one of a few names; `known` is read when a value is checked, so it may grow."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(sorted(known))}; found {_show(value)}")
+        return value
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, found {_show(value)}")
+    return value
+
+
+def _blocks(name: str, value: Any) -> tuple[str, ...]:
+    """Check the blocks to prune, and put them into the order of `BLOCKS`."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise ConfigError(f"{name} must be a tuple such as {BLOCKS} or ('mlp',), found {_show(value)}")
+    unknown = [block for block in value if block not in BLOCKS]
+    if unknown:
+        raise ConfigError(f"{name} may hold {' and '.join(BLOCKS)}, found {unknown[0]!r}")
+    if not value:
+        raise ConfigError(f"{name} is empty, expected one or both of {BLOCKS}; use ratio=0 to prune nothing")
+    return tuple(block for block in BLOCKS if block in value)
+
+
+_CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
+    "ratio": _number(0, 1, open_high=True),
+    "method": _choice(_PRESETS),
+    "score": _choice(KNOWN_SCORES),
+    "statistics": _choice(STATISTICS),
+    "probe_batch": _number(0, 1, open_low=True),
+    "probe_tokens": _number(0, 1, open_low=True),
+    "history_momentum": _number(0, 1),
+    "skip_layers": _integer(0),
+    "rescale_ratio": _flag,
+    "width_multiple": _integer(1),
+    "blocks": _blocks,
+    "decode": _choice(DECODE_MODES),
+    "strict": _flag,
+}

@@ -1,0 +1,385 @@
+"""What runs between Dynamo and the rewritten graphs of one model: rewriting, lowering, state in and out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ppgraph import _torch
+from ppgraph.capture import capture
+from ppgraph.config import PruneConfig
+from ppgraph.errors import DecodeError, NonFiniteError, NothingToPruneError, UnsupportedModelError
+from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
+from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
+from ppgraph.passes.find_sites import products_found
+from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
+from ppgraph.scores import SCORES
+from ppgraph.state import History
+
+log = logging.getLogger("ppgraph")
+
+Phase = Literal["prefill", "calibrate", "reuse", "dense"]
+# The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
+SELECTION = "_ppgraph_selection"
+
+Compiled = Callable[..., Sequence[Any]]
+
+_PASSES: dict[Phase, tuple[Pass, ...]] = {
+    "prefill": PRUNE,
+    "calibrate": CALIBRATE,
+    "reuse": REUSE,
+    "dense": ANALYSE,
+}
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph of a model: as `captured`, as `rewritten`, for which `phase`, with which input shapes.
+
+    `batch` are the sizes, symbolic or not, of samples and tokens; `seconds` is what rewriting and lowering took.
+    """
+
+    phase: Phase
+    captured: GraphModule
+    rewritten: GraphModule
+    shapes: dict[str, tuple[str, ...]]
+    batch: tuple[Any, Any]
+    seconds: float
+
+    def sizes(self, samples: int, tokens: int) -> dict[Any, int]:
+        """What the graph's symbols stand for in a batch of that shape."""
+        formulas = [_torch.expression(size) for size in self.batch]
+        return {formula: value for formula, value in zip(formulas, (samples, tokens), strict=True) if formula.is_Symbol}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one prefill chose: {site name: kept channels [C'] int64}. `owner` names the runtime it is for.
+
+    Caches that a pruned model fills carry one, so that each generation decodes with its own.
+    """
+
+    owner: str
+    channels: dict[str, torch.Tensor]
+
+
+@dataclass
+class Call:
+    """What a graph's inputs don't say about the call: positions already in the cache, and the selection to reuse."""
+
+    start: int = 0
+    selection: Selection | None = None
+
+
+@dataclass
+class Runtime:
+    """Everything that the graphs of one pruned model share.
+
+    `lock` is held during a call: threads on one model take turns, and the history moves in the order of their calls.
+    """
+
+    config: PruneConfig
+    lowering: str = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sites: list[Site] | None = None
+    selection: Selection | None = None
+    graphs: list[GraphRecord] = field(default_factory=list)
+    last_shape: tuple[int, int] | None = None
+    call: Call = field(default_factory=Call)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.history = History(self.config)
+        self.lock = threading.RLock()
+        self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
+        self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """The same state for a copied model; its graphs are compiled anew."""
+        made = Runtime(self.config, self.lowering, dict(self.options), self.sites)
+        made.history = copy.deepcopy(self.history, memo)
+        if self.selection is not None:
+            made.keep_selection(dict(self.selection.channels))
+        return made
+
+    def compile(self, module: GraphModule, phase: Phase | None = None) -> Compiled:
+        """Rewrite and lower a graph from Dynamo; the result takes the same inputs and gives the same outputs.
+
+        Without a `phase` the graph tells: one token that attends to more than itself is a step of decoding.
+        """
+        start = time.perf_counter()
+        values = _torch.placeholder_values(module)
+        with _torch.graph_world(_torch.fake_mode_of(values)):
+            program, _ = capture(module, self.config)
+            on_its_own = phase is None
+            phase = phase or self.step_phase(is_decoding_step(program))
+            captured = _copy(program.module)
+            outputs = len(program.output().args[0])  # type: ignore[arg-type]
+            if phase == "reuse":
+                program.shared["selectable"] = self._selectable()
+            self._adopt(run_passes(program, _PASSES[phase]))
+            rewritten = _copy(program.module)
+            lowered = self._lower(program)
+        seconds = time.perf_counter() - start
+        batch = shape_of(_stream(program))[:2]
+        self.graphs.append(GraphRecord(phase, captured, rewritten, _input_shapes(captured), batch, seconds))
+        log.info("%s graph %d: rewritten and lowered in %.1f s", phase, len(self.graphs), seconds)
+        return GraphRunner(self, program, lowered, outputs, on_its_own=on_its_own)
+
+    def step_phase(self, is_step: bool) -> Phase:
+        """The phase of a call: prefill, or what the config does with a single-token step."""
+        steps: dict[str, Phase] = {"reuse": "reuse", "dense": "dense", "probe": "prefill"}
+        return steps[self.config.decode] if is_step else "prefill"
+
+    def analyse(self, module: GraphModule) -> Program:
+        """Find the sites of a graph from Dynamo without rewriting it."""
+        with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
+            program, _ = capture(module, self.config)
+            self._adopt(run_passes(program, ANALYSE))
+        return program
+
+    def keep_selection(self, channels: dict[str, torch.Tensor]) -> None:
+        """Remember what a prefill chose."""
+        self.selection = Selection(self.name, channels)
+
+    def selection_to_reuse(self) -> Selection:
+        """The selection for a step of decoding: the call's own, or the last one.
+
+        Raises:
+            DecodeError: no prefill has chosen anything yet, or another model's did.
+        """
+        selection = self.call.selection or self.selection
+        if selection is None:
+            raise DecodeError(
+                "a decoding step before any prefill: there is no selection to reuse; run the prompt through this model "
+                'first, or use PruneConfig(decode="dense")'
+            )
+        if selection.owner != self.name:
+            raise DecodeError(
+                "this cache was filled by another pruned model; decode with that one, or run the prompt here"
+            )
+        return selection
+
+    def weight_term(self, site: str, weight: torch.Tensor, dim: int) -> torch.Tensor:
+        """The part of a site's score that only its exit weight decides, [C] fp32; kept until the weight changes."""
+        version = (weight.data_ptr(), _version(weight))
+        known = self._terms.get(site)
+        if known is None or known[0] != version:
+            with torch.inference_mode(False), torch.no_grad():
+                term = SCORES[self.config.score].weight_term(weight.detach() if dim == 1 else weight.detach().t())
+            known = self._terms[site] = (version, term.contiguous())
+        return known[1]
+
+    def packed_weights(
+        self, packing: Packing, inputs: Sequence[torch.Tensor], selection: Selection
+    ) -> Sequence[torch.Tensor]:
+        """Weights indexed by a selection; those of the last selection are kept, so memory holds one packed copy."""
+        key = packing.module.code
+        versions = tuple(_version(value) for value in inputs)
+        known = self._packed.get(key)
+        if known is None or known[0] is not selection or known[1] != versions:
+            self._packed.pop(key, None)
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._packed[key] = (selection, versions, packing.module(*inputs))
+        return known[2]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weights that decoding reads."""
+        return sum(tensor.nbytes for _, _, tensors in self._packed.values() for tensor in tensors)
+
+    def _selectable(self) -> frozenset[str]:
+        return frozenset(self.selection_to_reuse().channels)
+
+    def _adopt(self, program: Program) -> None:
+        """Check and remember what the analysis found; every graph of a model must find the same sites."""
+        refused = [site for site in program.sites if site.refused]
+        reasons = "\n".join(f"  {site.name}: {site.reason}" for site in refused)
+        if len(refused) == len(program.sites):
+            found = f"{len(refused)} blocks, none of which can be rewritten:\n{reasons}"
+            if not refused:
+                found = f"none that adds to a residual stream, only {products_found(program)}"
+            raise NothingToPruneError(
+                f"nothing to prune: expected attention or MLP blocks that end in a linear layer, found {found}"
+            )
+        if refused and self.config.strict:
+            raise UnsupportedModelError(f"strict=True, and these blocks can't be rewritten:\n{reasons}")
+        if self.sites is None:
+            self.sites = list(program.sites)
+            for site in refused:
+                log.warning("%s stays dense: %s", site.name, site.reason)
+        pruned = program.pruned_sites
+        if pruned and self.config.statistics != "probe":
+            with _torch.unset_fake_temporarily():
+                self.history.declare(pruned, _device(program))
+
+    def _lower(self, program: Program) -> Compiled:
+        if self.lowering == "eager":
+            return program.module
+        values = [node.meta["val"] for node in program.placeholders()]
+        return _torch.lower_with_inductor(program.module, values, self.options)
+
+
+class GraphRunner:
+    """Calls one lowered graph: adds the state to its inputs and takes the selection from its outputs."""
+
+    def __init__(
+        self, runtime: Runtime, program: Program, lowered: Compiled, outputs: int, *, on_its_own: bool
+    ) -> None:
+        self._on_its_own = on_its_own
+        self._cached = cached_input(program)
+        self._runtime, self._lowered, self._outputs = runtime, lowered, outputs
+        self._state_inputs = program.state_inputs
+        self._results = list(program.results)
+        self._sites = {site.name: site for site in program.pruned_sites}
+        self._constants: dict[int, torch.Tensor] = {}
+        self._packing = program.packing
+        placeholders = program.placeholders()
+        self._packing_places = [placeholders.index(node) for node in program.packing.inputs] if program.packing else []
+        blocks = {name: program.analysis[name] for name in self._sites}
+        self._weights = {name: (placeholders.index(block.weight), block.weight_dim) for name, block in blocks.items()}
+        stream = _stream(program)
+        self._batch = [_size_from_inputs(program, shape_of(stream)[dim]) for dim in (0, 1)]
+        self._device = _device(program)
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        with self._runtime.lock:
+            if not self._on_its_own:
+                return self._call(inputs)
+            self._runtime.call = self._call_from(inputs)
+            outputs = self._call(inputs)
+            _mark(outputs, self._runtime.call.selection or self._runtime.selection)
+            return outputs
+
+    def _call_from(self, inputs: Sequence[Any]) -> Call:
+        """Without a wrapper around the model, the cache's tensors say where a call goes on and with what selection."""
+        marks = [getattr(value, SELECTION, None) for value in inputs if isinstance(value, torch.Tensor)]
+        start = inputs[self._cached[0]].shape[self._cached[1]] if self._cached else 0
+        return Call(start, next((mark for mark in marks if mark is not None), None))
+
+    def _call(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        runtime = self._runtime
+        samples, length = (size(inputs) for size in self._batch)
+        if any(item.role in ("history", "seen") for item in self._state_inputs):
+            runtime.history.reserve(runtime.call.start + length)
+        values = list(inputs)
+        for index, item in enumerate(self._state_inputs):
+            values.append(self._state(index, item, values, length))
+        outputs = self._lowered(*values)
+        self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
+        return outputs[: self._outputs]
+
+    def _state(self, index: int, item: StateInput, values: list[Any], length: int) -> torch.Tensor:
+        runtime = self._runtime
+        if item.role == "history":
+            return runtime.history.rows(item.site, runtime.call.start, length)
+        if item.role == "seen":
+            return runtime.history.seen[runtime.call.start : runtime.call.start + length]
+        if item.role == "weight_term":
+            place, dim = self._weights[item.site]
+            return runtime.weight_term(item.site, values[place], dim)
+        if item.role == "units":
+            block = self._sites[item.site].block
+            return runtime.selection_to_reuse().channels[item.site][::block] // block
+        if item.role == "packed":
+            assert self._packing is not None
+            needed = [values[place] for place in self._packing_places]
+            return runtime.packed_weights(self._packing, needed, runtime.selection_to_reuse())[int(item.site)]
+        if index not in self._constants:
+            assert item.constant is not None
+            self._constants[index] = item.constant.to(self._device)
+        return self._constants[index]
+
+    def _keep(self, results: dict[str, torch.Tensor], shape: tuple[int, int]) -> None:
+        finite = results.pop("finite", None)
+        if finite is not None and not bool(finite.all()):
+            bad = [name for name, fine in zip(self._sites, finite.tolist(), strict=True) if not fine]
+            raise NonFiniteError(
+                f"this batch gave NaN or infinity at {bad[0]} ({len(bad)} of {len(self._sites)} sites); "
+                "expected finite activations. The history and the last selection stay as they were; check the weights, "
+                "the inputs and the dtype (fp16 overflows at 65504)"
+            )
+        self._runtime.last_shape = shape
+        if results:
+            self._runtime.keep_selection(results)
+
+
+def is_decoding_step(program: Program) -> bool:
+    """Whether a graph runs one token that attends to more keys than itself."""
+    for node in program.graph.nodes:
+        if is_fused_attention(node):
+            query, key = shape_of(node.args[0])[-2], shape_of(node.args[1])[-2]
+            return query == 1 and not same_size(key, 1)
+        if is_attention_softmax(node):
+            query, key = shape_of(node)[-2:]
+            return query == 1 and not same_size(key, 1)
+    return False
+
+
+def cached_input(program: Program) -> tuple[int, int] | None:
+    """Which input, along which dimension, holds the keys of earlier calls; None when the graph joins none."""
+    placeholders = program.placeholders()
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.cat.default and node.args[0][0] in placeholders:
+            past = node.args[0][0]
+            if len(shape_of(past)) == 4:
+                return placeholders.index(past), int(node.args[1]) % 4
+    return None
+
+
+def _mark(outputs: Sequence[Any], selection: Selection | None) -> None:
+    """Let keys and values that leave a graph carry the selection that goes with them."""
+    for value in outputs:
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and selection is not None:
+            setattr(value, SELECTION, selection)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    graph = Graph()
+    output = graph.graph_copy(module.graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0])
+    return GraphModule(module, graph)
+
+
+def _input_shapes(module: GraphModule) -> dict[str, tuple[str, ...]]:
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    return {node.name: tuple(str(size) for size in shape_of(node)) for node in nodes if shape_of(node)}
+
+
+def _device(program: Program) -> torch.device:
+    device: torch.device = _stream(program).meta["val"].device
+    return device
+
+
+def _stream(program: Program) -> Node:
+    """The residual stream [B, S, D] that enters the first block."""
+    stream: Node = next(block.stream for block in program.analysis.values() if block is not None)
+    return stream
+
+
+def _size_from_inputs(program: Program, size: Any) -> Callable[[Sequence[Any]], int]:
+    """How to read a size of the batch off a graph's inputs."""
+    if not isinstance(size, torch.SymInt):
+        return lambda inputs: int(size)
+    for index, node in enumerate(program.placeholders()):
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt) and same_size(value, size):
+            return lambda inputs, index=index: int(inputs[index])  # type: ignore[misc]
+        for dim, other in enumerate(shape_of(node)):
+            if isinstance(other, torch.SymInt) and same_size(other, size):
+                return lambda inputs, index=index, dim=dim: int(inputs[index].shape[dim])  # type: ignore[misc]
+    raise UnsupportedModelError(f"the batch's size {size} is no size of any input of the model")

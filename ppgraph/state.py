@@ -1,0 +1,241 @@
+"""What a pruned model remembers: the history and the last selection of each site.
+
+It belongs to the model: every graph of it (prefill, decode, calibration, other dtypes) reads and writes the same one.
+It is no part of `state_dict`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ppgraph.config import PruneConfig
+from ppgraph.errors import HistoryError
+from ppgraph.passes.base import Site
+
+# Histories grow by whole steps of positions, so that batches a little longer than the last don't copy it each time.
+GROWTH = 128
+FORMAT = 1
+INDEX = "ppgraph.json"
+
+
+class History:
+    """Mean squared channel values of full inference, for each position: {site name: [positions, C]}, fp32.
+
+    `seen` [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with
+    the longest batch so far, not with the model's context.
+    """
+
+    def __init__(self, config: PruneConfig) -> None:
+        self._config = config
+        self._widths: dict[str, int] = {}
+        self._values: dict[str, torch.Tensor] = {}
+        self._seen = torch.zeros(0)
+
+    def __repr__(self) -> str:
+        return f"History({len(self._widths)} sites, {self.positions} positions, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def positions(self) -> int:
+        """Positions held, seen or not."""
+        return len(self._seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all sites."""
+        return sum(value.nbytes for value in self._values.values()) + self._seen.nbytes
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """Samples that calibration saw at each position, [positions] fp32."""
+        return self._seen
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        return self._values[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def keys(self) -> list[str]:
+        """Names of the sites."""
+        return list(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def declare(self, sites: list[Site], device: torch.device) -> None:
+        """Make room for these sites; sites already known must have the same width.
+
+        Raises:
+            HistoryError: a site has another width than the history holds.
+        """
+        for site in sites:
+            known = self._widths.setdefault(site.name, site.width)
+            if known != site.width:
+                raise HistoryError(f"{site.name} has {site.width} channels, but the history holds {known} for it")
+            if site.name not in self._values:
+                self._values[site.name] = self._zeros(self.positions, site.width, device)
+            elif self._values[site.name].device != device:
+                self._values[site.name] = self._values[site.name].to(device)
+        if self._seen.device != device:
+            self._seen = self._seen.to(device)
+
+    def reserve(self, positions: int) -> None:
+        """Make sure that positions below `positions` exist; new ones hold 0."""
+        if positions <= self.positions:
+            return
+        grown = -(-positions // GROWTH) * GROWTH
+        for name, value in self._values.items():
+            self._values[name] = self._grown(value, grown)
+        self._seen = self._grown(self._seen, grown)
+
+    def rows(self, site: str, start: int, length: int) -> torch.Tensor:
+        """A view of `length` positions of a site, [length, C]."""
+        return self._values[site][start : start + length]
+
+    def reset(self) -> None:
+        """Forget everything; memory is freed."""
+        self._values = {name: self._zeros(0, width, self._seen.device) for name, width in self._widths.items()}
+        self._seen = self._zeros_like_seen(0)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `ppgraph.json` and the statistics (safetensors) into `folder`.
+
+        The JSON names the safetensors file and is replaced last, in one step: an interrupted save leaves the old
+        history whole.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
+        os.close(handle)
+        tensors = {name: value.contiguous() for name, value in self._values.items()}
+        try:
+            save_file({**tensors, "seen": self._seen}, data)
+            index = {
+                "format": FORMAT,
+                "data": Path(data).name,
+                "sha256": _digest(Path(data)),
+                "config": self._config.to_dict(),
+                "sites": dict(self._widths),
+                "positions": self.positions,
+            }
+            _replace_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+        except BaseException:
+            Path(data).unlink(missing_ok=True)
+            raise
+        for old in target.glob("history-*.safetensors"):
+            if old.name != Path(data).name:
+                old.unlink(missing_ok=True)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Take over a saved history; nothing changes when it does not fit.
+
+        Raises:
+            HistoryError: files are missing or damaged, or hold other sites or widths (another model, or a config that
+                prunes other blocks or layers).
+        """
+        source = Path(folder)
+        index = _read_index(source)
+        self._require_same_sites(index)
+        values = _read_tensors(source / index["data"], index)
+        device = self._seen.device
+        self._seen = values.pop("seen").to(device)
+        self._values = {name: value.to(device) for name, value in values.items()}
+        self._widths = {name: value.shape[1] for name, value in values.items()}
+
+    def _require_same_sites(self, index: Mapping[str, Any]) -> None:
+        saved = index["sites"]
+        for name in sorted(set(saved) | set(self._widths)):
+            mine, other = self._widths.get(name), saved.get(name)
+            if mine != other and self._widths:
+                raise HistoryError(
+                    f"the saved history belongs to another model or config: {name} has {other or 'no'} channels there "
+                    f"and {mine or 'none'} here; load it into a model with the same blocks and skip_layers"
+                )
+
+    def _zeros(self, positions: int, width: int, device: torch.device) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(positions, width, device=device)
+
+    def _zeros_like_seen(self, positions: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(positions, device=self._seen.device)
+
+    def _grown(self, value: torch.Tensor, positions: int) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            grown = value.new_zeros((positions, *value.shape[1:]))
+            grown[: len(value)] = value
+            return grown
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Replace a file's contents in one step."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HistoryError(f"no history at {folder}: expected {INDEX} there, as history.save writes it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise HistoryError(f"{path} is damaged ({error}); save the history again") from None
+    expected = {"format": int, "data": str, "sha256": str, "config": dict, "sites": dict, "positions": int}
+    if not isinstance(index, dict):
+        raise HistoryError(f"{path} is damaged: expected an object with {', '.join(expected)}")
+    for key, kind in expected.items():
+        if not isinstance(index.get(key), kind):
+            raise HistoryError(f"{path} is damaged: expected {key} ({kind.__name__}), found {index.get(key)!r}")
+    if index["format"] != FORMAT:
+        raise HistoryError(f"{path} has format {index['format']}, this version of ppgraph reads {FORMAT}")
+    if Path(index["data"]).name != index["data"]:
+        raise HistoryError(f"{path} names data outside of its folder: {index['data']!r}")
+    return index
+
+
+def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    try:
+        if _digest(path) != index["sha256"]:
+            raise HistoryError(f"{path} is damaged: it is not what was saved (sha256 differs); save the history again")
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise HistoryError(f"the history's data is missing: expected {path}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise HistoryError(f"{path} is damaged ({error}); save the history again") from None
+    positions = index["positions"]
+    shapes = {name: (positions, width) for name, width in index["sites"].items()} | {"seen": (positions,)}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted(set(shapes) | set(found)):
+        if shapes.get(name) != found.get(name):
+            raise HistoryError(f"{path} is damaged: expected {name} {shapes.get(name)}, found {found.get(name)}")
+    for name, value in tensors.items():
+        if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+            raise HistoryError(f"{path} is damaged: {name} is not finite, non-negative float32")
+    return tensors

@@ -1,0 +1,316 @@
+"""`transform`: a model of the same class and with the same parameters whose forward prunes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ppgraph import _torch
+from ppgraph.config import PruneConfig
+from ppgraph.errors import (
+    CaptureError,
+    ConfigError,
+    DecodeError,
+    InputError,
+    PPGraphError,
+    UnsupportedModelError,
+)
+from ppgraph.passes import Site
+from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection
+from ppgraph.state import History
+
+Model = TypeVar("Model", bound=nn.Module)
+Lowering = Literal["inductor", "eager"]
+
+
+class Pruning:
+    """What a pruned model carries as `.ppgraph`: config, sites, selection, history, graphs and report."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self._model, self.runtime = model, runtime
+        self._compiled: dict[Phase, Callable[..., Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"Pruning({self.config})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
+        """A copied model gets a copy of the state, and compiles for itself."""
+        return Pruning(copy.deepcopy(self._model, memo), copy.deepcopy(self.runtime, memo))
+
+    def is_for(self, model: nn.Module) -> bool:
+        """Whether this belongs to `model` (and did not come along with a shallow copy of another one)."""
+        return self._model is model
+
+    @property
+    def config(self) -> PruneConfig:
+        """The config this model was transformed with."""
+        return self.runtime.config
+
+    @property
+    def sites(self) -> list[Site]:
+        """One record a block, in order. The first use captures the model when it has not run yet."""
+        if self.runtime.sites is None:
+            analyse(self._model, self._dense_forward(), self.runtime)
+        return list(self.runtime.sites or [])
+
+    @property
+    def history(self) -> History:
+        """The statistics of past batches."""
+        if self.runtime.sites is None:
+            analyse(self._model, self._dense_forward(), self.runtime)
+        return self.runtime.history
+
+    @property
+    def graphs(self) -> list[GraphRecord]:
+        """The graphs captured so far."""
+        return list(self.runtime.graphs)
+
+    def selection(self) -> dict[str, torch.Tensor]:
+        """{site name: kept channels of the exit linear's input} of the last batch, ascending int64."""
+        return dict(self.runtime.selection.channels) if self.runtime.selection else {}
+
+    def report(self) -> Any:
+        """Sites, widths, FLOPs, graphs and memory; `str()` gives a table."""
+        from ppgraph.inspect.report import Report
+
+        return Report.of(self)
+
+    def forward(self, arguments: Mapping[str, Any]) -> Any:
+        """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
+        cache = cache_of(arguments)
+        length = int(cache.get_seq_length()) if cache is not None else 0
+        phase = self.runtime.step_phase(length > 0 and tokens_of(arguments) == 1)
+        call = Call(start=_first_position(arguments, length))
+        if phase == "reuse":
+            call.selection = getattr(cache, SELECTION, None) or _no_selection(cache)
+        with self.runtime.lock:
+            output = self.run(phase, arguments, call)
+            if phase == "prefill":
+                _attach(cache if cache is not None else cache_of(_items(output)), self.runtime.selection)
+        return output
+
+    def run(self, phase: Phase, arguments: Mapping[str, Any], call: Call | None = None) -> Any:
+        """Call the model's compiled forward of a phase."""
+        with self.runtime.lock:
+            if phase not in self._compiled:
+                self._compiled[phase] = compiled_forward(self._dense_forward(), self.runtime, phase)
+            self.runtime.call = call or Call()
+            with torch.no_grad(), _torch.dynamo_settings():
+                try:
+                    return self._compiled[phase](**arguments)
+                except _torch.BackendCompilerFailed as error:
+                    if isinstance(error.inner_exception, PPGraphError):
+                        raise error.inner_exception from None
+                    raise
+
+    def _dense_forward(self) -> Callable[..., Any]:
+        return types.MethodType(type(self._model).forward, self._model)
+
+
+def transform(
+    model: Model,
+    config: PruneConfig | None = None,
+    *,
+    lowering: Lowering | Mapping[str, Any] = "inductor",
+    **overrides: Any,
+) -> Model:
+    """Give `model` a pruned twin: same class, same parameters; each batch chooses its own heads and channels.
+
+    Nothing is captured yet: that happens at the first call. `model` itself stays dense and untouched.
+
+    Args:
+        model: A causal language model of transformers in eval mode.
+        config: What to prune; the default config when None.
+        lowering: `"inductor"`, a dict of Inductor's own options, or `"eager"` (the rewritten graph as it is).
+        **overrides: Fields of `PruneConfig` that replace those of `config`.
+
+    Raises:
+        ConfigError: a bad field or lowering.
+        UnsupportedModelError: no causal language model, or one in training mode.
+    """
+    config = (config or PruneConfig()).replace(**overrides)
+    require_causal_lm(model)
+    kind, options = _lowering(lowering)
+    twin = copy.copy(model)
+    for registry in ("_modules", "_parameters", "_buffers"):
+        twin.__dict__[registry] = dict(model.__dict__[registry])
+    pruning = Pruning(twin, Runtime(config, kind, options))
+    twin.__dict__["ppgraph"] = pruning
+    twin.__dict__["forward"] = PrunedForward(twin, pruning)
+    return twin
+
+
+class PrunedForward:
+    """The forward of a pruned model: checks its input, then runs the compiled graph.
+
+    An outer `torch.compile` stops here instead of tracing through, which would leave the model dense.
+    """
+
+    def __init__(self, model: nn.Module, pruning: Pruning) -> None:
+        self.model, self.pruning = model, pruning
+        dense = inspect.signature(type(model).forward)
+        self.__signature__ = dense.replace(parameters=list(dense.parameters.values())[1:])
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        recursive=False,
+        reason="a model from ppgraph.transform compiles itself: call it as it is, or without fullgraph",
+    )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = bind(self.__signature__, args, kwargs)
+        check_inputs(self.model, arguments)
+        return self.pruning.forward(arguments)
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The KV cache among a model's arguments or outputs; None without one."""
+    for value in values.values():
+        if hasattr(value, "get_seq_length") and hasattr(value, "layers"):
+            return value
+    return None
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> int:
+    """Tokens a sample in this call."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(arguments.get(name), torch.Tensor):
+            return int(arguments[name].shape[1])
+    raise InputError("expected input_ids or inputs_embeds, found neither")
+
+
+def _first_position(arguments: Mapping[str, Any], cached: int) -> int:
+    """The position of the first new token: cached columns, without those that are padding in every sample."""
+    mask = arguments.get("attention_mask")
+    if not cached or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return cached
+    first_real = (mask != 0).int().argmax(dim=1).min()
+    return max(cached - int(first_real), 0)
+
+
+def _items(output: Any) -> Mapping[str, Any]:
+    if isinstance(output, Mapping):
+        return output
+    values = output if isinstance(output, (tuple, list)) else [output]
+    return {str(place): value for place, value in enumerate(values)}
+
+
+def _attach(cache: Any, selection: Selection | None) -> None:
+    if cache is not None and selection is not None:
+        setattr(cache, SELECTION, selection)
+
+
+def _no_selection(cache: Any) -> Selection:
+    raise DecodeError(
+        f"this {type(cache).__name__} was not filled by this pruned model, so there is no selection to decode with: "
+        'run the prompt through the pruned model, or use PruneConfig(decode="dense")'
+    )
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, so that the graph's inputs can be told apart."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
+def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse what no pruned forward can do anything sensible with.
+
+    Raises:
+        InputError: training mode, gradients, no tokens, or a sample that is all padding.
+    """
+    if model.training:
+        raise InputError("the model is in training mode, but pruning is for inference: call .eval() first")
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"{name} requires a gradient, but a pruned forward has none: detach it or use the dense model"
+            )
+        if name in ("input_ids", "inputs_embeds") and isinstance(value, torch.Tensor) and value.numel() == 0:
+            raise InputError(f"a batch without tokens: {name} has shape {list(value.shape)}")
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.device.type == "cpu":
+        empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(
+                f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token"
+            )
+
+
+def compiled_forward(dense: Callable[..., Any], runtime: Runtime, phase: Phase) -> Callable[..., Any]:
+    """`dense` through Dynamo, its graphs rewritten for `phase` by `runtime`."""
+
+    def forward(**kwargs: Any) -> Any:
+        return dense(**kwargs)
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return runtime.compile(module, phase)
+
+    own = _torch.fresh_function(forward)  # type: ignore[arg-type]
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
+    return compiled
+
+
+class _Analysed(Exception):
+    """Ends a capture once its graph has been looked at."""
+
+
+def analyse(model: nn.Module, dense: Callable[..., Any], runtime: Runtime) -> None:
+    """Find the model's sites from a tiny batch, without running or compiling it."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(2, 4, dtype=torch.long, device=device)
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        runtime.analyse(module)
+        raise _Analysed
+
+    def forward(**kwargs: Any) -> Any:
+        return dense(**kwargs)
+
+    capturing = torch.compile(_torch.fresh_function(forward), backend=backend, dynamic=True, fullgraph=True)  # type: ignore[arg-type]
+    with torch.no_grad(), _torch.dynamo_settings():
+        try:
+            capturing(input_ids=ids, use_cache=False)
+        except _torch.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, PPGraphError):
+                raise error.inner_exception from None
+            if not isinstance(error.inner_exception, _Analysed):
+                raise CaptureError(f"the model did not come through as one graph: {error}") from error
+
+
+def require_causal_lm(model: object) -> None:
+    """Raise UnsupportedModelError for anything but a dense causal language model in eval mode."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a transformers causal language model, found {type(model).__name__}")
+    if isinstance(model.__dict__.get("forward"), PrunedForward):
+        raise UnsupportedModelError("this model is pruned already; transform the dense model it came from")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; ppgraph prunes decoder-only models")
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if config is None or output is None or not callable(getattr(model, "generate", None)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no causal language model of transformers (expected one with a "
+            "config, generate and an output embedding, such as AutoModelForCausalLM gives)"
+        )
+    if model.training:
+        raise UnsupportedModelError(f"{type(model).__name__} is in training mode; call .eval() before transform")
+
+
+def _lowering(lowering: object) -> tuple[str, Mapping[str, Any]]:
+    if lowering in ("inductor", "eager"):
+        return str(lowering), {}
+    if isinstance(lowering, Mapping):
+        unknown = sorted(set(lowering) - _torch.inductor_options())
+        if unknown:
+            raise ConfigError(f"lowering has options that Inductor does not know: {', '.join(map(str, unknown))}")
+        return "inductor", dict(lowering)
+    raise ConfigError(f"expected lowering 'inductor', 'eager' or a dict of Inductor options, found {lowering!r}")

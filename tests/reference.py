@@ -1,0 +1,500 @@
+"""A slow, plain, eager reading of Probe Pruning: the judge of the tests. It shares nothing with ppgraph.
+
+Read it next to `method.md`; the step numbers below are that page's. It is written for clarity, not for speed.
+
+Layout. A batch arrives in *columns*: sample `b` has real tokens where `attention_mask[b, column] == 1`.
+Everything here works on *aligned positions* instead: `j = column - off[b]`, with `off[b]` the first real
+column of the sample, so that left-, right- and unpadded batches of the same texts look the same from the
+embedding on. `real[b, j]` says whether there is a token. Places that are not real are never read: attention
+runs one sample at a time, over its real tokens alone, and statistics leave them out. Logits go back to
+columns at the very end (0 at padding).
+
+    B samples, S positions, D hidden size, C width of a site (channels that enter its exit linear),
+    units: what is kept or dropped as a whole: query heads (`unit_size` = head size channels) or channels (1).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------------------------
+# What differs between model types: an adapter for the model, a block for each site
+# ----------------------------------------------------------------------------------------------------
+
+
+class Block(ABC):
+    """One site: residual R -> X = norm(R) -> Y = exit_input(X) -> R + exit(Y)."""
+
+    site: str  # name of the module that holds the exit linear
+    kind: str  # "attention" or "mlp"
+    layer: int
+    units: int  # number of query heads, or of channels
+    unit_size: int  # channels of a unit: the head size, or 1
+
+    @property
+    def width(self) -> int:
+        return self.units * self.unit_size
+
+    @abstractmethod
+    def norm(self, residual: Tensor) -> Tensor:
+        """X of R."""
+
+    @abstractmethod
+    def exit_weight(self) -> Tensor:
+        """W [D, C] of the exit linear, whatever the orientation in which the model stores it."""
+
+    @abstractmethod
+    def exit_bias(self) -> Tensor | None:
+        """Bias [D] of the exit linear."""
+
+    @abstractmethod
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        """Y [T, len(units) * unit_size] of the given units, for T tokens of ONE sample in their order.
+
+        `x` [T, D] is the normalised input, `positional` what `Adapter.positional` gave at the same T tokens.
+        A token sees itself and those before it in `x`, so a probe passes only the tokens that it probes.
+        """
+
+    def channels(self, units: Tensor) -> Tensor:
+        """The channels of these units, e.g. heads 0 and 2 of size 4 -> 0 1 2 3 8 9 10 11."""
+        return torch.cat([torch.arange(u * self.unit_size, (u + 1) * self.unit_size) for u in units.tolist()])
+
+    def exit(self, y: Tensor, units: Tensor) -> Tensor:
+        """The exit linear on the kept channels: its other columns are not there. The bias is whole."""
+        return F.linear(y, self.exit_weight()[:, self.channels(units)], self.exit_bias())
+
+
+class Adapter(ABC):
+    """A model as embedding, blocks in order (each added to the residual), head."""
+
+    blocks: list[Block]
+    layers: int
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The residual [B, S, D] that enters the first block."""
+
+    @abstractmethod
+    def positional(self, residual: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Tensors [B, S, ...] that blocks need at each token beside X (rotary cos and sin), possibly none."""
+
+    @abstractmethod
+    def head(self, residual: Tensor) -> Tensor:
+        """Logits [B, S, V] of the last residual."""
+
+
+def rows(linear: nn.Linear, index: Tensor, x: Tensor) -> Tensor:
+    """An entry linear that has only these rows (and bias entries)."""
+    return F.linear(x, linear.weight[index], None if linear.bias is None else linear.bias[index])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, hd]: pairs (i, i + hd/2) are turned."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """One head of one sample: q, k, v [T, hd] -> [T, hd]. Softmax in fp32, as transformers' eager one."""
+    scores = (q @ k.T) * scaling
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v
+
+
+class LlamaAttentionBlock(Block):
+    """MHA and GQA: units are query heads; K and V are whole, each query head reads its own KV head."""
+
+    kind = "attention"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.self_attn", layer
+        self.layernorm, self.attention = module.input_layernorm, module.self_attn
+        self.unit_size = self.attention.head_dim
+        self.units = self.attention.q_proj.out_features // self.unit_size
+        self.query_heads_per_kv_head = self.units // (self.attention.k_proj.out_features // self.unit_size)
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return self.layernorm(residual)
+
+    def exit_weight(self) -> Tensor:
+        return self.attention.o_proj.weight
+
+    def exit_bias(self) -> Tensor | None:
+        return self.attention.o_proj.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        cos, sin = positional
+        queries = rows(self.attention.q_proj, self.channels(units), x).split(self.unit_size, dim=-1)
+        keys = self.attention.k_proj(x).split(self.unit_size, dim=-1)
+        values = self.attention.v_proj(x).split(self.unit_size, dim=-1)
+        outputs = []
+        for query, head in zip(queries, units.tolist(), strict=True):
+            kv = head // self.query_heads_per_kv_head
+            q, k = rotate(query, cos, sin), rotate(keys[kv], cos, sin)
+            outputs.append(causal_attention(q, k, values[kv], self.unit_size**-0.5))
+        return torch.cat(outputs, dim=-1)
+
+
+class LlamaMlpBlock(Block):
+    """Gated MLP: units are its channels."""
+
+    kind = "mlp"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.mlp", layer
+        self.layernorm, self.mlp = module.post_attention_layernorm, module.mlp
+        self.unit_size, self.units = 1, self.mlp.down_proj.in_features
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return self.layernorm(residual)
+
+    def exit_weight(self) -> Tensor:
+        return self.mlp.down_proj.weight
+
+    def exit_bias(self) -> Tensor | None:
+        return self.mlp.down_proj.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        return self.mlp.act_fn(rows(self.mlp.gate_proj, units, x)) * rows(self.mlp.up_proj, units, x)
+
+
+class LlamaAdapter(Adapter):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = len(model.model.layers)
+        self.blocks = []
+        for layer, module in enumerate(model.model.layers):
+            name = f"model.layers.{layer}"
+            self.blocks += [LlamaAttentionBlock(name, layer, module), LlamaMlpBlock(name, layer, module)]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model.model.embed_tokens(input_ids)
+
+    def positional(self, residual: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        return self.model.model.rotary_emb(residual, position_ids=position_ids)
+
+    def head(self, residual: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(residual))
+
+
+ADAPTERS: dict[str, type[Any]] = {"llama": LlamaAdapter}  # by config.model_type
+
+# ----------------------------------------------------------------------------------------------------
+# The formulas, one function each
+# ----------------------------------------------------------------------------------------------------
+
+
+def share(count: int, fraction: float) -> int:
+    """The ceiling of count * fraction, in exact decimal arithmetic: 20 * 0.05 gives 1."""
+    return math.ceil(count * Fraction(str(fraction)))
+
+
+def top(values: Tensor, k: int) -> Tensor:
+    """Indices of the k highest values, ascending. Of equal values the one with the lower index wins."""
+    return torch.sort(values, descending=True, stable=True).indices[:k].sort().values
+
+
+def probed_places(n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float) -> tuple[Tensor, Tensor]:
+    """Step 1: (samples, tokens) to probe, from the residual norms n [B, S]. Tokens are chosen first."""
+    n = torch.where(real, n, 0.0)
+    length = int(real.any(dim=0).sum())
+    kept = min(max(share(length, probe_tokens), 2), length)
+    tokens = top(n.square().sum(dim=0).sqrt(), kept)
+    if kept <= 10:
+        tokens[0] = 0  # the attention sink is always probed
+    samples = top(n[:, tokens].square().sum(dim=1).sqrt(), share(n.shape[0], probe_batch))
+    return samples, tokens
+
+
+def mean_square(y: Tensor, real: Tensor) -> Tensor:
+    """Steps 3 and 8: y [B, S, C] -> [S, C], mean of y^2 over the samples real at the position, or 0."""
+    squares = torch.where(real[:, :, None], y.float().square(), 0.0)
+    return squares.sum(dim=0) / real.sum(dim=0).clamp(min=1)[:, None]
+
+
+def fuse(p: Tensor, g: Tensor) -> Tensor:
+    """Step 5: probe p [S', C] and history g [S', C] at the probed tokens -> f [C]."""
+    a = p / (p + g + 1e-6)
+    return (a * p + (1 - a) * g).sum(dim=0)
+
+
+def ppsp(f: Tensor, weight: Tensor, unit_size: int) -> Tensor:
+    """Step 6: a score per unit, the Euclidean norm of f[c] * W[:, c]^2 over the unit's channels."""
+    channel = f.float() * weight.float().pow(4).sum(dim=0).sqrt()
+    return channel.view(-1, unit_size).square().sum(dim=1).sqrt() if unit_size > 1 else channel
+
+
+def wanda_sp(f: Tensor, weight: Tensor, unit_size: int) -> Tensor:
+    """Wanda-sp: a score per unit, the sum of sqrt(f[c]) * sum_i |W[i, c]| over the unit's channels."""
+    channel = f.float().sqrt() * weight.float().abs().sum(dim=0)
+    return channel.view(-1, unit_size).sum(dim=1)
+
+
+SCORES = {"ppsp": ppsp, "wanda-sp": wanda_sp}
+
+# ----------------------------------------------------------------------------------------------------
+# Columns and aligned positions
+# ----------------------------------------------------------------------------------------------------
+
+
+class Alignment:
+    """Moves [B, S, ...] between columns and aligned positions. A row without any token is nowhere real."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.columns = [row.nonzero()[:, 0] for row in mask.bool()]  # real columns of each sample
+        self.positions = [columns - columns[:1] for columns in self.columns]  # column - off[b]
+        self.real = torch.zeros_like(mask, dtype=torch.bool)
+        for b, positions in enumerate(self.positions):
+            self.real[b, positions] = True
+
+    def to_positions(self, values: Tensor) -> Tensor:
+        aligned = torch.zeros_like(values)
+        for b, (columns, positions) in enumerate(zip(self.columns, self.positions, strict=True)):
+            aligned[b, positions] = values[b, columns]
+        return aligned
+
+    def to_columns(self, aligned: Tensor) -> Tensor:
+        values = torch.zeros_like(aligned)
+        for b, (columns, positions) in enumerate(zip(self.columns, self.positions, strict=True)):
+            values[b, columns] = aligned[b, positions]
+        return values
+
+
+# ----------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    logits: Tensor  # [B, S, V], by column; 0 at padding
+    selection: dict[str, Tensor]  # pruned sites only: kept channels of the exit linear's input, ascending
+
+
+class Reference:
+    """Probe Pruning around a dense model, which stays untouched. Stateful: each call moves `history` on."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        ratio: float,
+        probe_batch: float = 0.05,
+        probe_tokens: float = 0.5,
+        history_momentum: float = 0.99,
+        skip_layers: int = 3,
+        rescale_ratio: bool = True,
+        width_multiple: int = 64,
+        blocks: Sequence[str] = ("attention", "mlp"),
+        statistics: str = "fused",
+        score: str = "ppsp",
+    ) -> None:
+        if statistics not in ("fused", "probe", "history") or score not in SCORES:
+            raise ValueError(f"unknown statistics {statistics!r} or score {score!r}")
+        if model.training:
+            raise ValueError("the model must be in eval mode")
+        self.adapter: Adapter = ADAPTERS[model.config.model_type](model)
+        self.probe_batch, self.probe_tokens = probe_batch, probe_tokens
+        self.history_momentum, self.skip_layers = history_momentum, skip_layers
+        self.width_multiple = width_multiple
+        self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
+        layers = self.adapter.layers
+        self.ratio = ratio  # r' of step 7
+        if rescale_ratio and layers > skip_layers:
+            self.ratio = round(ratio * layers / (layers - skip_layers), 2)
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"the ratio {ratio} becomes {self.ratio} for the layers that are not skipped")
+        # By site: g of step 4 [positions, C], and how many calibration samples are behind it [positions].
+        self.history: dict[str, Tensor] = {}
+        self.calibrated: dict[str, Tensor] = {}
+
+    # Step 7: how many units stay
+
+    def kept_units(self, block: Block) -> int:
+        if block.layer < self.skip_layers or block.kind not in self.pruned_kinds:
+            return block.units
+        kept = block.units - int(self.ratio * block.units)
+        if block.kind == "mlp":
+            kept = min(math.ceil(Fraction(kept, self.width_multiple)) * self.width_multiple, block.units)
+        return kept
+
+    def is_pruned(self, block: Block) -> bool:
+        return self.kept_units(block) < block.units
+
+    # Steps 4 and 8: the history
+
+    def history_at(self, block: Block, tokens: Tensor) -> Tensor:
+        """G [len(tokens), C], 0 at positions never seen."""
+        g = torch.zeros(len(tokens), block.width)
+        known = self.history.get(block.site, torch.zeros(0, block.width))
+        for i, j in enumerate(tokens.tolist()):
+            if j < len(known):
+                g[i] = known[j]
+        return g
+
+    def grow_history(self, block: Block, real: Tensor) -> Tensor:
+        """Makes the site's history reach the last real position; returns the positions with a real token."""
+        seen = real.any(dim=0).nonzero()[:, 0]
+        length = int(seen[-1]) + 1 if len(seen) else 0
+        g = self.history.get(block.site, torch.zeros(0, block.width))
+        count = self.calibrated.get(block.site, torch.zeros(0, dtype=torch.long))
+        missing = max(length - len(g), 0)
+        self.history[block.site] = torch.cat([g, torch.zeros(missing, block.width)])
+        self.calibrated[block.site] = torch.cat([count, torch.zeros(missing, dtype=torch.long)])
+        return seen
+
+    def update_history(self, block: Block, y: Tensor, real: Tensor, units: Tensor) -> None:
+        """Step 8: moving average, kept channels only, of y [B, S, kept channels] of full inference."""
+        m, mean, channels = self.history_momentum, mean_square(y, real), block.channels(units)
+        seen = self.grow_history(block, real)
+        g = self.history[block.site]
+        for j in seen.tolist():
+            g[j, channels] = m * g[j, channels] + (1 - m) * mean[j]
+
+    def calibrate_history(self, block: Block, y: Tensor, real: Tensor) -> None:
+        """Step 4: running mean over samples, each position with its own count, all channels."""
+        mean, samples = mean_square(y, real), real.sum(dim=0)
+        seen = self.grow_history(block, real)
+        g, count = self.history[block.site], self.calibrated[block.site]
+        for j in seen.tolist():
+            before, new = int(count[j]), int(samples[j])
+            g[j] = (before * g[j] + new * mean[j]) / (before + new)
+            count[j] = before + new
+
+    # Steps 1 - 7: which units stay, for this batch
+
+    def fused_statistic(
+        self, block: Block, residual: Tensor, x: Tensor, positional: Sequence[Tensor], real: Tensor
+    ) -> Tensor:
+        """F [C] of steps 1 - 5."""
+        if self.statistics == "history":
+            length = int(real.any(dim=0).sum())
+            return self.history_at(block, torch.arange(length)).sum(dim=0)
+        n = residual.float().square().sum(dim=-1).sqrt()
+        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens)
+        probe = [t[samples][:, tokens] for t in (x, real, *positional)]
+        y = self.full_exit_input(block, probe[0], probe[2:], probe[1], torch.arange(block.units))
+        p = mean_square(y, probe[1])
+        if self.statistics == "probe":
+            return p.sum(dim=0)
+        return fuse(p, self.history_at(block, tokens))
+
+    # One pass
+
+    def full_exit_input(
+        self, block: Block, x: Tensor, positional: Sequence[Tensor], real: Tensor, units: Tensor
+    ) -> Tensor:
+        """Y [B, S, kept channels], sample by sample over the real tokens; 0 elsewhere."""
+        y = x.new_zeros(*x.shape[:2], len(units) * block.unit_size)
+        for b in range(len(x)):
+            if real[b].any():
+                y[b, real[b]] = block.exit_input(x[b, real[b]], [t[b, real[b]] for t in positional], units)
+        return y
+
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, calibrating: bool
+    ) -> Result:
+        alignment = Alignment(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        real = alignment.real
+        if position_ids is None:  # columns, padding or not, as the dense model
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        position_ids = position_ids.expand(input_ids.shape)
+        residual = self.adapter.embed(input_ids, position_ids)
+        positional = [alignment.to_positions(t) for t in self.adapter.positional(residual, position_ids)]
+        residual = alignment.to_positions(residual)
+        selection: dict[str, Tensor] = {}
+        for block in self.adapter.blocks:
+            x = block.norm(residual)
+            pruned = self.is_pruned(block) and not calibrating
+            units = torch.arange(block.units)
+            if pruned:
+                f = self.fused_statistic(block, residual, x, positional, real)
+                units = top(self.score(f, block.exit_weight(), block.unit_size), self.kept_units(block))
+                selection[block.site] = block.channels(units)
+            y = self.full_exit_input(block, x, positional, real, units)
+            if pruned and self.statistics == "fused":
+                self.update_history(block, y, real, units)
+            if calibrating and self.is_pruned(block):
+                self.calibrate_history(block, y, real)
+            residual = residual + block.exit(y, units)
+        return Result(alignment.to_columns(self.adapter.head(residual)), selection)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Dense passes that fill the history: dicts of input_ids, maybe attention_mask, position_ids.
+
+        A second call carries the running mean on, with the counts of the first.
+        """
+        if self.statistics == "probe":
+            return
+        for batch in batches:
+            with batch["input_ids"].device:
+                self.run(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"), True)
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Result:
+        with input_ids.device:
+            return self.run(input_ids, attention_mask, position_ids, False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The second judge: the dense model itself, dropped channels zeroed
+# ----------------------------------------------------------------------------------------------------
+
+EXIT_NAMES = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2")
+
+
+def find_exit(model: nn.Module, site: str) -> nn.Module:
+    """The exit linear: the one direct child of the site's module with a known exit name."""
+    children = dict(model.get_submodule(site).named_children())
+    found = [name for name in EXIT_NAMES if name in children]
+    if len(found) != 1:
+        raise ValueError(f"{site}: want one of {EXIT_NAMES} among {sorted(children)}; or pass exits={{site: path}}")
+    return children[found[0]]
+
+
+@torch.no_grad()
+def masked_dense_logits(
+    model: Any,
+    selection: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    exits: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Logits of the untouched dense model in which each exit linear reads 0 on the channels not selected.
+
+    `exits` maps a site to the path of its exit linear where the name does not tell; `kwargs` go to the model.
+    """
+
+    def keep_only(kept: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            dropped = torch.ones(args[0].shape[-1], dtype=torch.bool, device=args[0].device)
+            dropped[kept] = False
+            return (args[0].masked_fill(dropped, 0), *args[1:])
+
+        return hook
+
+    handles = []
+    try:
+        for site, kept in selection.items():
+            path = (exits or {}).get(site)
+            exit_linear = model.get_submodule(path) if path else find_exit(model, site)
+            handles.append(exit_linear.register_forward_pre_hook(keep_only(kept)))
+        return model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
+    finally:
+        for handle in handles:
+            handle.remove()

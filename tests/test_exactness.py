@@ -1,0 +1,183 @@
+"""Pruned models against the eager reference and against the masked dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ppgraph
+from tests.reference import Reference, masked_dense_logits
+
+SIZES = {"width_multiple": 8, "skip_layers": 1}
+
+
+def llama(kv_heads: int = 4, *, layers: int = 2, bias: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=97,
+        attention_bias=bias,
+        mlp_bias=bias,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def batch(samples: int, length: int, padding: str = "none") -> dict[str, torch.Tensor]:
+    torch.manual_seed(1000 * samples + length)
+    ids = torch.randint(0, 97, (samples, length))
+    mask = torch.ones_like(ids)
+    for sample in range(1, samples):
+        gap = sample % 4 + 1
+        if padding == "left":
+            mask[sample, :gap] = 0
+        elif padding == "right":
+            mask[sample, -gap:] = 0
+    return {"input_ids": ids} if padding == "none" else {"input_ids": ids, "attention_mask": mask}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def compare(
+    model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]], lowering: str = "eager", **config: Any
+) -> None:
+    """Calibrate both, run both over the batches, and require the same logits, selections and histories."""
+    pruned = ppgraph.transform(model, lowering=lowering, **config)
+    reference = Reference(model, **config)
+    calibration = [batch(4, 12), batch(3, 9, "right")]
+    if config.get("statistics") != "probe":
+        ppgraph.calibrate(pruned, calibration, progress=False)
+        reference.calibrate(calibration)
+    for inputs in batches:
+        logits = pruned(**inputs, use_cache=False).logits
+        expected = reference(**inputs)
+        selection = pruned.ppgraph.selection()
+        assert set(selection) == set(expected.selection)
+        for name, kept in expected.selection.items():
+            assert torch.equal(selection[name], kept), name
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        assert relative(logits[real], expected.logits[real]) < 1e-5
+        masked = masked_dense_logits(model, selection, **inputs)
+        assert relative(logits[real], masked[real]) < 1e-5
+    for name, history in reference.history.items():
+        held = pruned.ppgraph.history[name][: len(history)]
+        torch.testing.assert_close(held, history, rtol=1e-4, atol=1e-6)
+
+
+FOUR = [batch(3, 16), batch(4, 9, "left"), batch(25, 11), batch(5, 20, "right")]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "bias", "ratio"),
+    [(4, False, 0.2), (2, False, 0.2), (4, False, 0.4), (2, True, 0.4), (4, True, 0.6), (2, False, 0.6)],
+)
+def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ratio: float) -> None:
+    compare(llama(kv_heads, layers=3, bias=bias), FOUR, ratio=ratio, **SIZES)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"statistics": "probe"},
+        {"statistics": "history"},
+        {"statistics": "history", "score": "wanda-sp"},
+        {"blocks": ("mlp",)},
+        {"blocks": ("attention",)},
+        {"probe_batch": 0.5, "probe_tokens": 0.3},
+        {"probe_batch": 1.0, "probe_tokens": 1.0},
+        {"history_momentum": 1.0},
+        {"rescale_ratio": False},
+    ],
+    ids=str,
+)
+def test_other_configs_equal_the_reference(config: dict[str, Any]) -> None:
+    compare(llama(2), FOUR[:3], ratio=0.4, **SIZES, **config)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("length", [1, 2])
+def test_tiny_batches_equal_the_reference(samples: int, length: int) -> None:
+    compare(llama(4), [batch(samples, length), batch(samples, length)], ratio=0.4, **SIZES)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_ratio_zero_is_the_dense_model_bit_for_bit(kv_heads: int) -> None:
+    model = llama(kv_heads)
+    pruned = ppgraph.transform(model, ratio=0.0, lowering="eager")
+    inputs = batch(3, 16, "left")
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+    assert torch.equal(pruned(**inputs, use_cache=False).logits, expected)
+
+
+def shifted(inputs: dict[str, torch.Tensor], left: int, right: int, filler: int) -> dict[str, torch.Tensor]:
+    """The same texts with columns of padding added on both sides."""
+    pad = torch.nn.functional.pad
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return {
+        "input_ids": pad(inputs["input_ids"], (left, right), value=filler),
+        "attention_mask": pad(mask, (left, right)),
+    }
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 7), (7, 0), (3, 4)])
+def test_padding_never_changes_a_result(left: int, right: int) -> None:
+    model = llama(2)
+    found = []
+    for places in ((0, 0), (left, right)):
+        pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+        for inputs in (batch(4, 24, "right"), batch(4, 13, "right")):
+            padded = shifted(inputs, *places, filler=5)
+            logits = pruned(**padded, use_cache=False).logits[padded["attention_mask"].bool()]
+        found.append((logits, pruned.ppgraph.selection(), pruned.ppgraph.history))
+    (logits, selection, history), (other_logits, other_selection, other_history) = found
+    assert all(torch.equal(selection[name], other_selection[name]) for name in selection)
+    assert relative(other_logits, logits) < 1e-5
+    for name in history:
+        torch.testing.assert_close(other_history[name], history[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_stands_at_the_padding_does_not_matter() -> None:
+    model, results = llama(4), []
+    for filler in (5, 60):
+        pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+        inputs = shifted(batch(4, 13), 5, 2, filler)
+        logits = pruned(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+        results.append((logits, pruned.ppgraph.history[pruned.ppgraph.history.keys()[0]]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_fp32_statistics(dtype: torch.dtype) -> None:
+    model = llama(2)
+    exact = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+    inputs = batch(4, 24)
+    exact(**inputs, use_cache=False)
+    half = ppgraph.transform(llama(2).to(dtype), ratio=0.4, lowering="eager", **SIZES)
+    logits = half(**inputs, use_cache=False).logits
+    assert logits.dtype == dtype
+    assert bool(torch.isfinite(logits).all())
+    history = half.ppgraph.history
+    assert {history[name].dtype for name in history} == {torch.float32}
+    assert set(half.ppgraph.selection()) == set(exact.ppgraph.selection())
+
+
+def test_one_graph_serves_all_shapes() -> None:
+    pruned = ppgraph.transform(llama(2), ratio=0.4, lowering="eager", **SIZES)
+    for samples, length in ((3, 16), (2, 9), (30, 20), (50, 3), (21, 64)):
+        pruned(**batch(samples, length), use_cache=False)
+    assert [graph.phase for graph in pruned.ppgraph.graphs] == ["prefill"]

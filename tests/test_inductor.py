@@ -1,0 +1,22 @@
+"""What Inductor makes of the rewritten graphs. Few tests: each compilation takes half a minute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ppgraph
+from tests.test_exactness import FOUR, SIZES, batch, compare, llama
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_compiled_batches_equal_the_reference(kv_heads: int) -> None:
+    compare(llama(kv_heads, layers=2), [FOUR[0], FOUR[2], batch(2, 30)], lowering="inductor", ratio=0.4, **SIZES)
+
+
+def test_ratio_zero_is_the_compiled_dense_model_bit_for_bit() -> None:
+    model = llama(2, layers=2)
+    pruned = ppgraph.transform(model, ratio=0.0)
+    with torch.no_grad():
+        expected = torch.compile(model, dynamic=True)(**batch(3, 16), use_cache=False).logits
+    assert torch.equal(pruned(**batch(3, 16), use_cache=False).logits, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ppgraph
+from ppgraph import _torch
 from tests.test_exactness import FOUR, SIZES, batch, compare, llama
 
 
@@ -17,6 +18,7 @@ def test_compiled_batches_equal_the_reference(kv_heads: int) -> None:
 def test_ratio_zero_is_the_compiled_dense_model_bit_for_bit() -> None:
     model = llama(2, layers=2)
     pruned = ppgraph.transform(model, ratio=0.0)
-    with torch.no_grad():
+    # Captured alike: with its floats as symbols, Inductor rounds the dense model's norms another way.
+    with torch.no_grad(), _torch.dynamo_settings():
         expected = torch.compile(model, dynamic=True)(**batch(3, 16), use_cache=False).logits
     assert torch.equal(pruned(**batch(3, 16), use_cache=False).logits, expected)

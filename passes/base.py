@@ -87,7 +87,10 @@ class Packing:
 
 @dataclass
 class Program:
-    """One captured graph on its way through the passes."""
+    """One captured graph on its way through the passes.
+
+    `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
+    """
 
     module: GraphModule
     config: PruneConfig
@@ -100,6 +103,7 @@ class Program:
     applied: list[str] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
     packing: Packing | None = None
+    cuts: set[Node] = field(default_factory=set)
 
     @property
     def graph(self) -> Graph:
@@ -195,7 +199,7 @@ class Builder:
     def _value(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The fake value of a call. Calls that look alike share one: layers repeat, and symbolic sizes are slow."""
         known = self.program.shared.setdefault("values", {})
-        key = (target, _signature(args), _signature(tuple(kwargs.items())))
+        key = (target, signature(args), signature(tuple(kwargs.items())))
         if key not in known:
             known[key] = call_on_fakes(target, args, kwargs)
         return known[key]
@@ -265,8 +269,9 @@ class Builder:
         if isinstance(count, int):
             return self(torch.ops.aten.slice.Tensor, indices, 0, 0, count)  # type: ignore[no-any-return]
         # A slice to a symbolic end has the size Min(end, size), which every later size would drag along.
-        first = self(torch.ops.aten.arange.default, count, device=indices.meta["val"].device)
-        return self.select(indices, 0, first)
+        rest = self(operator.sub, self.size(scores, 0), count)
+        pieces = self(torch.ops.aten.split_with_sizes.default, indices, [count, rest])
+        return self(operator.getitem, pieces, 0)  # type: ignore[no-any-return]
 
     def ascending(self, index: Node) -> Node:
         """A vector's elements in ascending order."""
@@ -283,15 +288,15 @@ def target_name(node: Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _signature(value: Any) -> Any:
-    """What decides the fake value of a call on `value`, hashable."""
+def signature(value: Any) -> Any:
+    """What decides the fake value of a call on `value`, hashable: tensors and sizes by their formulas."""
     if isinstance(value, torch.Tensor):
         sizes = (*value.shape, *value.stride())
         return (torch.Tensor, value.dtype, value.device, value.dim(), tuple(map(expression, sizes)))
     if isinstance(value, torch.SymInt):
         return (torch.SymInt, expression(value))
     if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
+        return tuple(map(signature, value))
     return (type(value), value)
 
 

@@ -72,7 +72,8 @@ class FindSites:
     def __call__(self, program: Program) -> PassResult:
         ancestry = Ancestry(program)
         drafts: list[tuple[Site, Block | None]] = []
-        for branch in residual_branches(program, ancestry):
+        branches = residual_branches(program, ancestry)
+        for branch in branches:
             for product in closing_products(branch, ancestry):
                 draft = _draft(program, branch, product, ancestry)
                 if draft is not None:
@@ -81,7 +82,18 @@ class FindSites:
         for site, block in drafts:
             program.sites.append(site)
             program.analysis[site.name] = block
+        program.cuts |= _streams_into_layers(program) | {branch.addition for branch in branches[-1:]}
         return PassResult(refused=[f"{site.name}: {site.reason}" for site, _ in drafts if site.refused])
+
+
+def _streams_into_layers(program: Program) -> set[Node]:
+    """The residual stream that enters the first block of each layer."""
+    streams: dict[int, Node] = {}
+    for site in program.sites:
+        block: Block | None = program.analysis[site.name]
+        if block is not None:
+            streams.setdefault(site.layer, block.stream)
+    return set(streams.values())
 
 
 class Ancestry:

@@ -73,7 +73,9 @@ def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None
     if program.token_mask is None:
         return None
     if "padding" not in program.shared:
-        program.shared["padding"] = _padding(program.token_mask, build, stream)
+        # Ahead of everything: what all layers read must not make the first of them unlike the others.
+        first = next(node for node in program.graph.nodes if node.op != "placeholder")
+        program.shared["padding"] = _padding(program.token_mask, Builder(program, first, build.author), stream)
     padding: Padding = program.shared["padding"]
     return padding
 

@@ -13,7 +13,7 @@ from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, 
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
 from ppgraph.passes.insert_score import history_of
-from ppgraph.passes.update_history import aligned_channels, finite_flags
+from ppgraph.passes.update_history import aligned_channels, cut_between_layers, finite_flags, total
 
 aten = torch.ops.aten
 
@@ -31,24 +31,29 @@ class ObserveChannels:
         sites = program.pruned_sites
         if not sites:
             return PassResult()
+        sums: dict[str, Node] = {}
+        totals: list[Node] = []
+        for site in sites:
+            here = Builder(program, program.analysis[site.name].exit_linear, self.name)
+            sums[site.name] = _sum_of_squares(program, here, site)
+            totals.append(total(here, [sums[site.name]]))
         build = Builder(program, program.output(), self.name)
-        sums = {site.name: _sum_of_squares(program, site, self.name) for site in sites}
-        flags = finite_flags(build, [[sums[site.name]] for site in sites])
+        flags = finite_flags(build, totals)
         program.results["finite"] = flags
         whole = build(aten.all.default, flags)
         stream: Node = program.analysis[sites[0].name].stream
         seen, now = _samples_seen(program, build, stream)
         for site in sites:
+            cut_between_layers(program, site)
             history = history_of(program, build, site)
             _average(build, history, sums[site.name], (seen, now), whole)
         _copy_where(build, whole, seen, now)
         return PassResult(build.inserted)
 
 
-def _sum_of_squares(program: Program, site: Site, author: str) -> Node:
+def _sum_of_squares(program: Program, build: Builder, site: Site) -> Node:
     """[S, C] fp32 over the samples that have a real token at each position."""
     block: Block = program.analysis[site.name]
-    build = Builder(program, block.exit_linear, author)
     values, real = aligned_channels(program, build, block.stream, block.exit_input)
     squares = build.mul(values, values)
     if real is not None:

@@ -29,33 +29,42 @@ class UpdateHistory:
     def __call__(self, program: Program) -> PassResult:
         if not program.pruned_sites:
             return PassResult()
-        build = Builder(program, program.output(), self.name)
         moving = program.config.statistics == "fused" and program.config.history_momentum < 1
         observed: dict[str, Node] = {}
+        totals: list[Node] = []
         for site in program.pruned_sites:
+            # Where the block ends, so that its channels can be freed.
+            here = Builder(program, program.shared["narrowed", site.name].next, self.name)
+            seen: list[Node] = [program.shared["statistics", site.name]]
             if moving:
-                observed[site.name] = _observed(program, site, self.name)
-        flags = finite_flags(build, [_seen_by(program, site, observed) for site in program.pruned_sites])
+                observed[site.name] = _observed(program, here, site)
+                seen.append(observed[site.name])
+            totals.append(total(here, seen))
+        build = Builder(program, program.output(), self.name)
+        flags = finite_flags(build, totals)
         program.results["finite"] = flags
         whole = build(aten.all.default, flags)
-        for site in program.pruned_sites:
-            if moving:
-                _move(program, build, site, observed[site.name], whole)
+        for site in program.pruned_sites if moving else ():
+            cut_between_layers(program, site)
+            _move(program, build, site, observed[site.name], whole)
         return PassResult(build.inserted)
 
 
-def _seen_by(program: Program, site: Site, observed: dict[str, Node]) -> list[Node]:
-    """All statistics of a site: what its score was made of, and what full inference showed."""
-    scored: Node = program.shared["statistics", site.name]
-    return [scored, observed[site.name]] if site.name in observed else [scored]
+def cut_between_layers(program: Program, site: Site) -> None:
+    """Let what has been added at the graph's end be a part of its own where `site` is the first of a layer."""
+    first = next(other for other in program.pruned_sites if other.layer == site.layer)
+    if first is site:
+        program.cuts.add(program.output().prev)
 
 
-def finite_flags(build: Builder, statistics: list[list[Node]]) -> Node:
-    """For each site, whether all its statistics are finite: [sites]. None is negative, so a sum hides nothing."""
-    totals = []
-    for tensors in statistics:
-        sums = [build(aten.sum.default, tensor) for tensor in tensors]
-        totals.append(sums[0] if len(sums) == 1 else build.add(*sums))
+def total(build: Builder, statistics: list[Node]) -> Node:
+    """The sum of all a site's statistics, []. None of them is negative, so a sum hides neither NaN nor infinity."""
+    sums = [build(aten.sum.default, tensor) for tensor in statistics]
+    return sums[0] if len(sums) == 1 else build.add(*sums)  # type: ignore[no-any-return]
+
+
+def finite_flags(build: Builder, totals: list[Node]) -> Node:
+    """For each site, whether the total of its statistics is finite: [sites]."""
     return build(aten.isfinite.default, build(aten.stack.default, totals))  # type: ignore[no-any-return]
 
 
@@ -74,12 +83,10 @@ def aligned_channels(program: Program, build: Builder, stream: Node, values: Nod
     return build(aten.index.Tensor, values, [samples, padding.columns]), padding.real
 
 
-def _observed(program: Program, site: Site, author: str) -> Node:
-    """What full inference shows: [S, C'] fp32, computed where the block ends so that its channels can be freed."""
+def _observed(program: Program, build: Builder, site: Site) -> Node:
+    """What full inference shows: [S, C'] fp32."""
     block: Block = program.analysis[site.name]
-    narrowed: Node = program.shared["narrowed", site.name]
-    build = Builder(program, narrowed.next, author)
-    values, real = aligned_channels(program, build, block.stream, narrowed)
+    values, real = aligned_channels(program, build, block.stream, program.shared["narrowed", site.name])
     return mean_squares(build, values, real)
 
 

@@ -99,11 +99,11 @@ def inductor_options() -> frozenset[str]:
     return frozenset(config.get_config_copy()) - {"_raise_error_for_testing"}
 
 
-def lower_with_inductor(
-    module: GraphModule, values: Sequence[Any], options: Mapping[str, Any] | None
-) -> Callable[..., Sequence[Any]]:
+def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
-    compiled = compile_fx(module, list(values), config_patches=dict(options) if options else None)
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
+        compiled = compile_fx(module, values, config_patches=dict(options) if options else None)
     assert callable(compiled)
     return compiled
 

@@ -18,6 +18,7 @@ from ppgraph import _torch
 from ppgraph.capture import capture
 from ppgraph.config import PruneConfig
 from ppgraph.errors import DecodeError, NonFiniteError, NothingToPruneError, UnsupportedModelError
+from ppgraph.lowering import Compiled, lower
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
@@ -30,8 +31,6 @@ log = logging.getLogger("ppgraph")
 Phase = Literal["prefill", "calibrate", "reuse", "dense"]
 # The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
 SELECTION = "_ppgraph_selection"
-
-Compiled = Callable[..., Sequence[Any]]
 
 _PASSES: dict[Phase, tuple[Pass, ...]] = {
     "prefill": PRUNE,
@@ -128,7 +127,7 @@ class Runtime:
                 program.shared["selectable"] = self._selectable()
             self._adopt(run_passes(program, _PASSES[phase]))
             rewritten = _copy(program.module)
-            lowered = self._lower(program)
+            lowered = self._lower(program, phase)
         seconds = time.perf_counter() - start
         batch = shape_of(_stream(program))[:2]
         self.graphs.append(GraphRecord(phase, captured, rewritten, _input_shapes(captured), batch, seconds))
@@ -222,11 +221,12 @@ class Runtime:
             with _torch.unset_fake_temporarily():
                 self.history.declare(pruned, _device(program))
 
-    def _lower(self, program: Program) -> Compiled:
+    def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
             return program.module
-        values = [node.meta["val"] for node in program.placeholders()]
-        return _torch.lower_with_inductor(program.module, values, self.options)
+        if phase in ("reuse", "dense"):  # a step of one token is over sooner than the calls that cuts make
+            program.cuts.clear()
+        return lower(program, self.options)
 
 
 class GraphRunner:

@@ -25,7 +25,7 @@ OPTIONS = {"ratio": 0.4, "skip_layers": 1, "width_multiple": 8}
 def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs run as rewritten: what Inductor makes of them is test_inductor's matter."""
     torch._dynamo.reset()  # past 8 models of one class Dynamo would leave them uncompiled
-    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, values, options: module)
+    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
 
 
 def ids(samples: int = 3, length: int = 9) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""From a rewritten graph to something fast: the graph cut at its layers, and Inductor run once for layers alike.
+
+Layers of a model are the same graph on other weights. Compiled as one graph they cost compile time each; cut apart
+behind the streams that enter them (`Program.cuts`), Inductor compiles one of a kind and the others call it. What a cut
+costs at run time is one call in Python, and that the stream's last addition is not fused with the norm that reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from ppgraph import _torch
+from ppgraph.passes.base import Program, signature
+
+log = logging.getLogger("ppgraph")
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
+    """Compile a program's graph with Inductor; takes ownership of it. Call inside `_torch.graph_world`.
+
+    The result takes the graph's inputs and gives its outputs.
+    """
+    if not program.cuts:
+        return _torch.lower_with_inductor(program.module, options)
+    whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)
+    known: dict[Any, Compiled] = {}
+    calls = [node for node in whole.graph.nodes if node.op == "call_module"]
+    for call in calls:
+        part = getattr(whole, call.target)
+        _give_tuple(call, part)
+        key = structure(part)
+        if key not in known:
+            known[key] = _torch.lower_with_inductor(part, options)
+        delattr(whole, call.target)
+        setattr(whole, call.target, known[key])
+    whole.recompile()
+    log.info("%d parts of the graph, %d of them compiled", len(calls), len(known))
+    return whole.forward
+
+
+def _parts(program: Program) -> Callable[[Node], int]:
+    """For each node the number of cuts before it.
+
+    What several parts read but no stream enters (masks, rotary tables) goes to the first, so that no layer differs from
+    the others by computing it.
+    """
+    parts: dict[Node, int] = {}
+    number = 0
+    for node in program.graph.nodes:
+        parts[node] = number
+        number += node in program.cuts
+    first: set[Node] = set()
+    for node in reversed(_nodes_without_stream(program)):
+        readers = {0 if user in first else parts[user] for user in node.users}
+        if len(readers) > 1 or readers == {0}:
+            first.add(node)
+    return lambda node: 0 if node in first else parts[node]
+
+
+def _nodes_without_stream(program: Program) -> list[Node]:
+    """Calls that can move to the graph's start: made of inputs that nothing writes to, by operators without effects."""
+    written = {node.args[0] for node in program.graph.nodes if _writes(node)}
+    found: dict[Node, None] = dict.fromkeys(node for node in program.placeholders() if node not in written)
+    for node in program.graph.nodes:
+        movable = node.op == "call_function" and not _writes(node) and node not in program.cuts and node not in written
+        if movable and node.all_input_nodes and all(operand in found for operand in node.all_input_nodes):
+            found[node] = None
+    return [node for node in found if node.op == "call_function"]
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _give_tuple(call: Node, part: GraphModule) -> None:
+    """A part with one result gives it as such; Inductor's callables give tuples."""
+    output = next(iter(reversed(part.graph.nodes)))
+    if not isinstance(output.args[0], Node):
+        return
+    output.args = ((output.args[0],),)
+    with call.graph.inserting_after(call):
+        result = call.graph.call_function(operator.getitem, (call, 0))
+    call.replace_all_uses_with(result, lambda user: user is not result)
+
+
+def structure(part: GraphModule) -> tuple[Any, ...]:
+    """All that a graph's compiled code depends on, hashable: graphs where it is equal can share that code."""
+    places = {node: place for place, node in enumerate(part.graph.nodes)}
+
+    def described(argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return ("node", places[argument])
+        if isinstance(argument, (list, tuple)):
+            return tuple(map(described, argument))
+        return signature(argument)
+
+    return tuple(
+        ("input", signature(node.meta["val"]))
+        if node.op == "placeholder"
+        else (node.op, node.target, described(node.args), described(tuple(node.kwargs.items())))
+        for node in part.graph.nodes
+    )

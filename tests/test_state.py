@@ -291,7 +291,11 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("cut data", lambda index, data: data.write_bytes(data.read_bytes()[:-5]), "sha256 differs"),
     ("empty file", lambda index, data: data.write_bytes(b""), "sha256 differs"),
     ("one bit", flip, "sha256 differs"),
-    ("no safetensors", lambda index, data: (data.write_bytes(b"x" * 99), edit(sha256=state._digest(data))(index, data)), "is damaged"),  # type: ignore[func-returns-value]
+    (
+        "no safetensors",
+        lambda index, data: (data.write_bytes(b"x" * 99), edit(sha256=state._digest(data))(index, data)),
+        "is damaged",
+    ),  # type: ignore[func-returns-value]
     ("later format", edit(format=99), "has format 99, this version of ppgraph reads 1"),
     ("format of a bool", edit(format=True), r"expected format \(int\), found True"),
     ("no sites", edit(sites=None), r"expected sites \(dict\), found None"),

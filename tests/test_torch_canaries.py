@@ -143,7 +143,9 @@ def test_graph_world_does_not_guard_on_sizes_of_one() -> None:
 def test_call_on_fakes_broadcasts_symbolic_baddbmm() -> None:
     def look(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)
-        x = next(value for value in fakes if isinstance(value, torch.Tensor) and isinstance(value.shape[0], torch.SymInt))
+        x = next(
+            value for value in fakes if isinstance(value, torch.Tensor) and isinstance(value.shape[0], torch.SymInt)
+        )
         with _torch.graph_world(_torch.fake_mode_of(fakes)):
             arguments = (x.new_ones(1, 1, 1), x.new_ones(x.shape[0], 2, 4), x.new_ones(x.shape[0], 4, 2))
             return _torch.call_on_fakes(torch.ops.aten.baddbmm.default, arguments, {})

@@ -77,10 +77,10 @@ def test_a_fused_projection_loses_the_rows_of_both_halves() -> None:
     graph = narrowed(block := Fused())
     x, kept = hidden(3, 5), [1, 2, 5, 8, 9, 10]
     expected = without_others(block, block.down, x, kept)
-    (rows,) = (item.constant for item in graph.program.state_inputs if item.role == "rows" and item.constant is not None)
-    state = [
-        torch.tensor(kept) if item.role == "units" else item.constant for item in graph.program.state_inputs
-    ]
+    (rows,) = (
+        item.constant for item in graph.program.state_inputs if item.role == "rows" and item.constant is not None
+    )
+    state = [torch.tensor(kept) if item.role == "units" else item.constant for item in graph.program.state_inputs]
     assert rows.numel() == 12
     torch.testing.assert_close(graph.output(x, state=state), expected)
 

@@ -81,7 +81,9 @@ def test_flattened_tokens_are_gathered_as_rows_or_before() -> None:
     graph, plan = plan_of(Flattened())
     assert {tag for tags in gathered(plan).values() for tag in tags.values()} <= {"row", "sample", "token"}
     block = graph.module.layers[0]["block"]  # type: ignore[union-attr,index]
-    expose = Expose(lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows})
+    expose = Expose(
+        lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
+    )
     graph.apply(InsertProbe(), expose)
     x = hidden(4, 6)
     found = graph.results(x)

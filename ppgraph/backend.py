@@ -52,7 +52,7 @@ def ppgraph_backend(
 
 
 def _refuse_gradients(module: GraphModule) -> None:
-    """Inputs that require a gradient would not get one. (Parameters always do; nobody asks for theirs in inference.)"""
+    """Inputs that require a gradient would not get one. Parameters do too, but in inference nobody asks for theirs."""
     for node in module.graph.nodes:
         value = node.meta.get("example_value") if node.op == "placeholder" else None
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():

@@ -119,8 +119,9 @@ class History:
         try:
             self._save(Path(folder))
         except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise HistoryError(
-                f"cannot save the history to {folder} ({getattr(error, 'strerror', None) or error}); choose a folder that can be written"
+                f"cannot save the history to {folder} ({reason}); choose a folder that can be written"
             ) from error
 
     def _save(self, target: Path) -> None:

@@ -283,7 +283,7 @@ def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
 
 
 def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     unknown = ((ids < 0) | (ids >= embedding.shape[0])).nonzero()
     if len(unknown):
         sample, token = unknown[0].tolist()

@@ -190,7 +190,7 @@ def test_bad_batches_are_named_and_change_nothing(shared: LlamaForCausalLM, batc
 
 
 def test_a_dense_model_cannot_be_calibrated() -> None:
-    with pytest.raises(InputError, match="expected a model from ppgraph.transform .* found LlamaForCausalLM"):
+    with pytest.raises(InputError, match=r"expected a model from ppgraph.transform .* found LlamaForCausalLM"):
         ppgraph.calibrate(llama(2), [batch(2, 5)], progress=False)
 
 
@@ -208,7 +208,7 @@ def test_what_came_before_a_bad_batch_counts() -> None:
         ppgraph.calibrate(pruned, [good, bad], progress=False)
     after = contents(pruned.ppgraph.history)
     assert float(after["seen"][0]) == float(before["seen"][0]) + 3
-    with pytest.raises(NonFiniteError, match="this batch gave NaN or infinity at model.layers.1.self_attn"):
+    with pytest.raises(NonFiniteError, match=r"this batch gave NaN or infinity at model.layers.1.self_attn"):
         pruned(**bad, use_cache=False)
     assert same(contents(pruned.ppgraph.history), after)
     assert same(pruned.ppgraph.selection(), selection)

@@ -64,7 +64,7 @@ class Interleaved(nn.Module):
 
 
 def test_the_layout_of_a_fused_projection_is_read_off_its_views() -> None:
-    graph, plan = plan_of(Interleaved())
+    _graph, plan = plan_of(Interleaved())
     (entry,) = plan.entries.values()
     rows = sorted(layout.channels.flatten().tolist() for layout in entry.narrowed.values())
     assert rows == [list(range(0, 24, 2)), list(range(1, 24, 2))]
@@ -104,7 +104,7 @@ class PartlyWhole(nn.Module):
 
 
 def test_what_cannot_be_narrowed_is_indexed_and_the_stop_is_told() -> None:
-    graph, plan = plan_of(PartlyWhole())
+    _graph, plan = plan_of(PartlyWhole())
     assert actions(plan)["softmax"] == "select"
     assert [stop.node.name for stop in plan.stops] == ["softmax"]
     assert "it mixes dimension 2" in str(plan.stops[0])

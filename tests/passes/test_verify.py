@@ -101,7 +101,7 @@ def use_before_definition(program: Program) -> None:
 
 
 def test_an_illegal_graph_is_caught_by_lint() -> None:
-    with pytest.raises(GraphError, match="after find_sites: .*was used before it has been defined"):
+    with pytest.raises(GraphError, match=r"after find_sites: .*was used before it has been defined"):
         broken(use_before_definition, PRUNE, 0)
 
 

@@ -25,9 +25,8 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
@@ -87,13 +86,8 @@ def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
 
 
 def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
-    """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`.
-
-    Run node by node, so that each operator keeps the stack trace of the model's line it came from.
-    """
-    with preserve_node_meta():
-        run = Interpreter(module).run
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`."""
+    traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     assert isinstance(traced, GraphModule)
     return traced
 

@@ -19,7 +19,10 @@ def verify(program: Program, stage: str) -> None:
     Raises:
         GraphError: naming the stage, the node and the broken promise.
     """
-    program.graph.lint()
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise GraphError(f"after {stage}: {error}") from error
     for node in program.graph.nodes:
         if node.op in ("placeholder", "call_function") and "val" not in node.meta:
             raise GraphError(f"after {stage}: {node.name} carries no fake value; passes add nodes through Builder")

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ppgraph import _torch
 from ppgraph.config import PruneConfig, field_names
-from ppgraph.errors import CaptureError, ConfigError
+from ppgraph.errors import CaptureError, ConfigError, InputError
 from ppgraph.runtime import Runtime
 from ppgraph.transform import Pruning, require_causal_lm
 
@@ -37,6 +37,7 @@ def ppgraph_backend(
     Raises:
         ConfigError: an option that neither knows.
         CaptureError: the graph is not a model's forward as a whole.
+        InputError: an input requires a gradient.
     """
     config, lowering = split_options(options, mode)
     model = _torch.traced_module(module)
@@ -45,8 +46,20 @@ def ppgraph_backend(
             'backend="ppgraph" needs the whole forward of a causal language model in one graph; this graph reads no '
             "parameters of one. Compile the model itself: torch.compile(model, backend='ppgraph')"
         )
+    _refuse_gradients(module)
     runtime = pruning_of(model, config, lowering).runtime
     return runtime.compile(module)
+
+
+def _refuse_gradients(module: GraphModule) -> None:
+    """Inputs that require a gradient would not get one. Parameters do too, but in inference nobody asks for theirs."""
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value") if node.op == "placeholder" else None
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            source = _torch.placeholder_source(node)
+            if not _torch.source_parameter(source):
+                name = _torch.source_argument(source) or node.name
+                raise InputError(f"{name} requires a gradient, but a pruned forward has none: detach it")
 
 
 def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[PruneConfig, dict[str, Any]]:

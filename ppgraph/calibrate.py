@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,15 +12,18 @@ from tqdm import tqdm
 
 from ppgraph._torch import compiled_with
 from ppgraph.backend import pruning_of, split_options
-from ppgraph.errors import InputError
+from ppgraph.errors import InputError, NonFiniteError
 from ppgraph.transform import Pruning, check_inputs
+
+log = logging.getLogger("ppgraph")
 
 
 def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], *, progress: bool = True) -> None:
     """Fill the history of `pruned` from dense passes over `batches`.
 
     Each batch adds its samples to a running mean, position by position; padding does not count. Calling it again adds
-    to what is there; `pruned.ppgraph.history.reset()` starts over.
+    to what is there; `pruned.ppgraph.history.reset()` starts over. A method that reads no history (`full-batch`) has
+    nothing to calibrate: no batch is run.
 
     Args:
         pruned: A model from `transform`, or one compiled with `backend="ppgraph"`.
@@ -31,12 +35,20 @@ def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, A
         NonFiniteError: a batch gave NaN or infinity; the history keeps what came before it.
     """
     model, pruning = _pruned_model(pruned)
+    if not isinstance(batches, Iterable):
+        raise InputError(f"expected batches of token ids to calibrate on, found {type(batches).__name__}")
+    if pruning.config.statistics == "probe":
+        log.info("nothing to calibrate: statistics='probe' reads no history")
+        return
     done = 0
     for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
         arguments = _arguments(batch, done)
         check_inputs(model, arguments)
         _require_within_context(model, arguments)
-        pruning.run("calibrate", {**arguments, "use_cache": False})
+        try:
+            pruning.run("calibrate", {**arguments, "use_cache": False})
+        except NonFiniteError as error:
+            raise NonFiniteError(f"calibration batch {done}: {error}") from None
         done += 1
     if not done:
         raise InputError("calibration data is empty: expected at least one batch of token ids")

@@ -112,8 +112,19 @@ class History:
 
         The JSON names the safetensors file and is replaced last, in one step: an interrupted save leaves the old
         history whole.
+
+        Raises:
+            HistoryError: the folder cannot be made or written to.
         """
-        target = Path(folder)
+        try:
+            self._save(Path(folder))
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise HistoryError(
+                f"cannot save the history to {folder} ({reason}); choose a folder that can be written"
+            ) from error
+
+    def _save(self, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
         os.close(handle)
@@ -211,11 +222,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict):
         raise HistoryError(f"{path} is damaged: expected an object with {', '.join(expected)}")
     for key, kind in expected.items():
-        if not isinstance(index.get(key), kind):
+        if type(index.get(key)) is not kind:  # a bool is no whole number here
             raise HistoryError(f"{path} is damaged: expected {key} ({kind.__name__}), found {index.get(key)!r}")
     if index["format"] != FORMAT:
         raise HistoryError(f"{path} has format {index['format']}, this version of ppgraph reads {FORMAT}")
-    if Path(index["data"]).name != index["data"]:
+    if Path(index["data"]).name != index["data"] or index["data"] in ("", ".."):
         raise HistoryError(f"{path} names data outside of its folder: {index['data']!r}")
     return index
 

@@ -222,27 +222,75 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuse what no pruned forward can do anything sensible with.
+    """Refuse what no pruned forward can do anything sensible with, before anything is compiled.
 
     Raises:
-        InputError: training mode, gradients, no tokens, or a sample that is all padding.
+        InputError: training mode, gradients, no tokens or none that the model knows, tensors on another device, a mask
+            of another shape, or a sample that is all padding.
     """
     if model.training:
         raise InputError("the model is in training mode, but pruning is for inference: call .eval() first")
+    home = next(model.parameters()).device
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 f"{name} requires a gradient, but a pruned forward has none: detach it or use the dense model"
             )
-        if name in ("input_ids", "inputs_embeds") and isinstance(value, torch.Tensor) and value.numel() == 0:
-            raise InputError(f"a batch without tokens: {name} has shape {list(value.shape)}")
+        if name in ON_DEVICE and isinstance(value, torch.Tensor) and value.device != home:
+            raise InputError(f"{name} is on {value.device}, but the model on {home}: move one to the other")
+    tokens = _tokens(arguments)
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.device.type == "cpu":
-        empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
-        if empty:
-            raise InputError(
-                f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token"
-            )
+    if isinstance(mask, torch.Tensor):
+        _require_mask(mask, *tokens.shape[:2])
+    if tokens.dim() == 2 and tokens.shape[1] > 1:  # steps of decoding are not held up by a look at their values
+        _require_known_ids(tokens, model)
+
+
+ON_DEVICE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The batch's token ids [B, S] or embeddings [B, S, D]."""
+    given = [name for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
+    if len(given) != 1:
+        raise InputError(f"expected either input_ids or inputs_embeds, found {' and '.join(given) or 'neither'}")
+    name, tokens = given[0], arguments[given[0]]
+    is_ids = name == "input_ids"
+    is_tensor = isinstance(tokens, torch.Tensor)
+    if not is_tensor or tokens.dim() != (2 if is_ids else 3) or tokens.is_floating_point() == is_ids:
+        found = f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else type(tokens).__name__
+        expected = "whole numbers [samples, tokens]" if is_ids else "numbers [samples, tokens, hidden]"
+        raise InputError(f"expected {name} as a tensor of {expected}, found {found}")
+    if tokens.numel() == 0:
+        raise InputError(f"a batch without tokens: {name} has shape {list(tokens.shape)}")
+    return tokens  # type: ignore[no-any-return]
+
+
+def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
+    """A mask by token [B, cached + S] in which every sample has a real token, or one by query and key."""
+    if mask.dim() == 4:
+        return
+    if mask.dim() != 2 or mask.shape[0] != samples or mask.shape[1] < length:
+        raise InputError(
+            f"expected an attention_mask for {samples} samples of {length} tokens (and those of a cache), "
+            f"found {list(mask.shape)}"
+        )
+    if length == 1 < mask.shape[1]:
+        return  # the new token of a step of decoding is real
+    empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token")
+
+
+def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    unknown = ((ids < 0) | (ids >= embedding.shape[0])).nonzero()
+    if len(unknown):
+        sample, token = unknown[0].tolist()
+        raise InputError(
+            f"token id {int(ids[sample, token])} (sample {sample}, token {token}) is outside of the vocabulary of "
+            f"{embedding.shape[0]}; is this another model's tokenizer?"
+        )
 
 
 def compiled_forward(dense: Callable[..., Any], runtime: Runtime, phase: Phase) -> Callable[..., Any]:
@@ -252,6 +300,7 @@ def compiled_forward(dense: Callable[..., Any], runtime: Runtime, phase: Phase) 
         return dense(**kwargs)
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        require_eval_mode(dense.__self__)  # type: ignore[attr-defined]
         return runtime.compile(module, phase)
 
     own = _torch.fresh_function(forward)  # type: ignore[arg-type]
@@ -301,8 +350,15 @@ def require_causal_lm(model: object) -> None:
             f"{type(model).__name__} is no causal language model of transformers (expected one with a "
             "config, generate and an output embedding, such as AutoModelForCausalLM gives)"
         )
-    if model.training:
-        raise UnsupportedModelError(f"{type(model).__name__} is in training mode; call .eval() before transform")
+    require_eval_mode(model)
+
+
+def require_eval_mode(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where a part of the model, or all of it, is in training mode."""
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        part = f"{training} of " if training else ""
+        raise UnsupportedModelError(f"{part}{type(model).__name__} is in training mode; call .eval() on the model")
 
 
 def _lowering(lowering: object) -> tuple[str, Mapping[str, Any]]:

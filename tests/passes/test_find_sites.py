@@ -1,0 +1,134 @@
+"""`find_sites`: what is a block, what it is called, what it keeps, and why it is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ppgraph.errors import ConfigError, GraphError
+from ppgraph.passes import ANALYSE
+from ppgraph.passes.find_sites import products_found
+from tests.passes.graphs import HIDDEN, SITE, SMALL, Attention, Mlp, Residual, captured
+
+
+def test_a_plain_mlp_is_a_site_with_its_biases() -> None:
+    graph = captured(Residual(Mlp(bias=True)))
+    (site,) = graph.apply(*ANALYSE).sites
+    assert (site.name, site.kind, site.layer, site.status, site.reason) == (SITE, "mlp", 0, "pruned", "")
+    assert (site.width, site.units, site.block, site.kept, site.kept_units) == (12, 12, 1, 6, 6)
+    assert site.entry == (f"{SITE}.up.weight", f"{SITE}.up.bias")
+    assert site.exit == (f"{SITE}.down.weight", f"{SITE}.down.bias")
+    block = graph.program.analysis[SITE]
+    assert (block.exit_linear.name, block.exit_input.name, block.weight_dim) == ("linear_1", "relu", 1)
+    assert block.stream.op == "placeholder"
+    assert {node.name for node in block.region} == {block.stream.name, "linear", "relu"}
+
+
+@pytest.mark.parametrize(("kv_heads", "entry"), [(4, {"q", "k", "v"}), (2, {"q"})], ids=["mha", "gqa"])
+def test_attention_is_a_site_of_whole_heads(kv_heads: int, entry: set[str]) -> None:
+    (site,) = captured(Residual(Attention(kv_heads))).apply(*ANALYSE).sites
+    assert (site.kind, site.width, site.units, site.block, site.kept, site.kept_units) == ("attention", 8, 4, 2, 4, 2)
+    assert set(site.entry) == {f"{SITE}.{name}.weight" for name in entry}
+    assert site.exit == (f"{SITE}.o.weight",)
+
+
+class Layers(Residual):
+    def __init__(self, count: int) -> None:
+        super().__init__(Mlp())
+        self.layers.extend(nn.ModuleDict({"block": Mlp()}) for _ in range(count - 1))
+
+
+def test_layers_are_numbered_and_the_first_are_skipped() -> None:
+    graph = captured(Layers(3), config=SMALL.replace(skip_layers=1, ratio=0.4))
+    first, second, third = graph.apply(*ANALYSE).sites
+    assert [site.layer for site in (first, second, third)] == [0, 1, 2]
+    assert (first.status, first.kept, first.reason) == ("dense", 12, "one of the first 1 layers (skip_layers)")
+    assert second.kept == third.kept == 12 - int(0.6 * 12)  # 0.4 of three layers, taken from two
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blocks": ("attention",)}, "blocks=('attention',) leaves mlp dense"),
+        ({"ratio": 0.0}, "ratio=0.0 removes nothing of 12 channels"),
+        ({"width_multiple": 64}, "removes nothing of 12 channels"),
+    ],
+)
+def test_what_the_config_leaves_dense_says_so(change: dict[str, object], reason: str) -> None:
+    (site,) = captured(Residual(Mlp()), config=SMALL.replace(**change)).apply(*ANALYSE).sites
+    assert site.status == "dense"
+    assert not site.refused
+    assert reason in site.reason
+
+
+def test_more_skipped_layers_than_there_are_is_an_error() -> None:
+    graph = captured(Residual(Mlp()), config=SMALL.replace(skip_layers=1))
+    with pytest.raises(ConfigError, match="leaves none of the model's 1 layers to prune"):
+        graph.apply(*ANALYSE)
+
+
+class MixingTokens(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).cumsum(1))
+
+
+class WithoutWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up(x)
+        return up @ (x.transpose(1, 2) @ x)
+
+
+class Reversed(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)).flip(1))
+
+
+class Normalised(Mlp):
+    """The norm mixes all channels: none of them can go."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.layer_norm(self.up(x), (12,)))
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (MixingTokens(), "cumsum (aten.cumsum): it mixes neighbouring tokens"),
+        (WithoutWeight(), "(aten.matmul): the block does not end in a linear with a weight parameter"),
+        (Reversed(), "flip (aten.flip): no operator rule says where dimension"),
+        (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so a part of it needs all of the input"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_refusal_names_the_node_and_the_reason(block: nn.Module, reason: str) -> None:
+    graph = captured(Residual(block))
+    (site,) = graph.apply(*ANALYSE).sites
+    assert site.refused
+    assert site.status == "dense"
+    assert reason in site.reason
+    assert graph.program.pruned_sites == []
+
+
+class WithoutResidual(Residual):
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.layers[0]["block"](x)
+
+
+def test_a_graph_without_a_residual_stream_has_no_sites() -> None:
+    graph = captured(WithoutResidual(Mlp()))
+    assert graph.apply(*ANALYSE).sites == []
+    assert products_found(graph.program) == "aten.linear (2)"
+
+
+def test_a_second_run_is_refused() -> None:
+    graph = captured(Residual(Mlp()))
+    graph.apply(*ANALYSE)
+    with pytest.raises(GraphError, match="find_sites has already run on this graph"):
+        graph.apply(*ANALYSE)
+    assert len(graph.program.sites) == 1

@@ -1,0 +1,68 @@
+"""`pack_weights`: what depends on the selection and the parameters alone leaves the step's graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ppgraph.errors import GraphError
+from ppgraph.passes import REUSE
+from ppgraph.passes.pack_weights import PackWeights, nodes_of_selection
+from tests.passes.graphs import SITE, Attention, Captured, Mlp, Residual, captured, hidden, targets
+
+
+def packed(block: torch.nn.Module) -> Captured:
+    graph = captured(Residual(block))
+    graph.program.shared["selectable"] = {SITE}
+    graph.apply(*REUSE)
+    return graph
+
+
+def pack(graph: Captured, units: torch.Tensor) -> list[torch.Tensor]:
+    """What the packing graph gives."""
+    packing = graph.program.packing
+    assert packing is not None
+    parameters = dict(graph.module.named_parameters())
+    inputs = [
+        parameters[graph.program.parameters[node]].detach() if node in graph.program.parameters else units
+        for node in packing.inputs
+    ]
+    return list(packing.module(*inputs))
+
+
+@pytest.mark.parametrize("block", [Mlp(bias=True), Attention()], ids=["mlp", "attention"])
+def test_the_step_reads_packed_weights_and_gives_the_same(block: torch.nn.Module) -> None:
+    unpacked = captured(Residual(block))
+    unpacked.program.shared["selectable"] = {SITE}
+    unpacked.apply(*REUSE[:-1])
+    x, units = hidden(2, 4), torch.arange(0, 12, 2) if isinstance(block, Mlp) else torch.tensor([0, 2])
+    expected = unpacked.output(x, state=[units])
+    graph = packed(block)
+    weights = iter(pack(graph, units))
+    state = [next(weights) if item.role == "packed" else units for item in graph.program.state_inputs]
+    assert torch.equal(graph.output(x, state=state), expected)
+    assert "index_select" not in targets(graph.program)
+    assert nodes_of_selection(graph.program) == {}
+
+
+def test_packed_tensors_are_the_kept_rows_and_columns() -> None:
+    graph = packed(block := Mlp())
+    units = torch.tensor([0, 2, 3, 5, 7, 11])
+    up, down = sorted(pack(graph, units), key=lambda tensor: tensor.shape[1], reverse=True)
+    assert torch.equal(up, block.up.weight[units])
+    assert torch.equal(down, block.down.weight[:, units])
+
+
+def test_shared_keys_are_indexed_at_each_step() -> None:
+    graph = packed(Attention(2))
+    selected = [node for node in graph.calls.values() if "index_select" in node.name]
+    assert [node.meta["val"].dim() for node in selected] == [4, 4], "keys and values are no weights"
+
+
+def test_it_needs_a_selection_and_runs_once() -> None:
+    graph = captured(Residual(Mlp()))
+    graph.apply(REUSE[0])
+    with pytest.raises(GraphError, match="pack_weights needs reuse_selection, select_weights"):
+        graph.apply(PackWeights())
+    with pytest.raises(GraphError, match="pack_weights has already run"):
+        packed(Mlp()).apply(PackWeights())

@@ -1,0 +1,115 @@
+"""`select_weights`: the block on its kept rows and columns, in the place of the dense one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ppgraph.errors import GraphError
+from ppgraph.passes import ANALYSE
+from ppgraph.passes.reuse_selection import ReuseSelection
+from ppgraph.passes.select_weights import SelectWeights
+from tests.passes.graphs import SITE, Attention, Captured, Mlp, Residual, captured, hidden, targets
+
+
+def narrowed(block: nn.Module) -> Captured:
+    """The block's graph with the kept units as an input."""
+    graph = captured(Residual(block))
+    graph.program.shared["selectable"] = {SITE}
+    graph.apply(*ANALYSE, ReuseSelection(), SelectWeights())
+    return graph
+
+
+def without_others(block: nn.Module, exit_linear: nn.Module, x: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """`x + block(x)` with the other channels of the exit linear's input zeroed."""
+
+    def zero(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        mask = torch.zeros(args[0].shape[-1])
+        mask[kept] = 1
+        return (args[0] * mask,)
+
+    handle = exit_linear.register_forward_pre_hook(zero)
+    result: torch.Tensor = x + block(x)
+    handle.remove()
+    return result
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_runs_on_its_kept_channels(bias: bool) -> None:
+    graph = narrowed(block := Mlp(bias=bias))
+    x, kept = hidden(4, 6), [0, 3, 4, 7, 9, 11]
+    expected = without_others(block, block.down, x, kept)
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor(kept)]), expected)
+    added = targets(graph.program, "select_weights")
+    assert added.count("linear") == 2
+    assert added.count("index_select") == (3 if bias else 2)  # the exit's bias is whole
+    assert targets(graph.program).count("linear") == 2, "the dense block is gone"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_attention_runs_on_its_kept_heads(kv_heads: int) -> None:
+    graph = narrowed(block := Attention(kv_heads))
+    x, heads = hidden(4, 6), [1, 2]
+    expected = without_others(block, block.o, x, [2, 3, 4, 5])
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor(heads)]), expected)
+    (attention,) = (node for node in graph.calls.values() if "attention" in node.name)
+    assert "enable_gqa" not in attention.kwargs or kv_heads == 4, "each kept head has its own keys"
+    widths = [node.meta["val"].shape[-1] for node in graph.calls.values() if "linear" in node.name]
+    whole = 2 * kv_heads
+    assert sorted(widths) == sorted([4, 8] + ([4, 4] if kv_heads == 4 else [whole, whole]))
+
+
+class Fused(Mlp):
+    """Gate and up in one projection, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 24, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def test_a_fused_projection_loses_the_rows_of_both_halves() -> None:
+    graph = narrowed(block := Fused())
+    x, kept = hidden(3, 5), [1, 2, 5, 8, 9, 10]
+    expected = without_others(block, block.down, x, kept)
+    (rows,) = (
+        item.constant for item in graph.program.state_inputs if item.role == "rows" and item.constant is not None
+    )
+    state = [torch.tensor(kept) if item.role == "units" else item.constant for item in graph.program.state_inputs]
+    assert rows.numel() == 12
+    torch.testing.assert_close(graph.output(x, state=state), expected)
+
+
+class Flattened(Mlp):
+    """An MLP on [samples times tokens, hidden], as some families run theirs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+def test_flattened_tokens() -> None:
+    graph = narrowed(block := Flattened())
+    x, kept = hidden(3, 5), [0, 1, 5, 8, 9, 10]
+    expected = without_others(block, block.down, x, kept)
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor(kept)]), expected)
+
+
+def test_nodes_stand_behind_their_operands() -> None:
+    graph = narrowed(Attention(2))
+    seen = set()
+    for node in graph.program.graph.nodes:
+        assert set(node.all_input_nodes) <= seen
+        seen.add(node)
+
+
+def test_it_needs_sites_and_runs_once() -> None:
+    with pytest.raises(GraphError, match="select_weights needs find_sites"):
+        captured(Residual(Mlp())).apply(SelectWeights())
+    graph = narrowed(Mlp())
+    with pytest.raises(GraphError, match="select_weights has already run"):
+        graph.apply(SelectWeights())

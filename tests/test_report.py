@@ -1,0 +1,146 @@
+"""`report()` and `explain()`: the numbers agree with torch's own counter, and the tables fit a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+import ppgraph
+from ppgraph.inspect.explain import explain
+from tests.test_exactness import SIZES, batch, llama
+
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
+INPUTS = {"samples": 20, "length": 24}
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
+def pruned(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    model = ppgraph.transform(llama(request.param, layers=3), **OPTIONS)
+    ppgraph.calibrate(model, [batch(2, 8)], progress=False)
+    model(**batch(**INPUTS), use_cache=False)
+    return model
+
+
+def dense_flops(model: LlamaForCausalLM, samples: int, length: int) -> int:
+    """Counted by torch while the dense model runs eagerly."""
+    dense = LlamaForCausalLM(model.config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dense(**batch(samples, length), use_cache=False)
+    return counter.get_total_flops()
+
+
+def test_dense_flops_are_those_of_torchs_counter(pruned: LlamaForCausalLM) -> None:
+    assert pruned.ppgraph.report().to_dict()["flops"]["dense"] == dense_flops(pruned, **INPUTS)
+
+
+def test_flops_are_of_the_last_batch(pruned: LlamaForCausalLM) -> None:
+    pruned(**batch(5, 7), use_cache=False)
+    found = pruned.ppgraph.report().to_dict()
+    assert found["batch"] == [5, 7]
+    assert found["flops"]["dense"] == dense_flops(pruned, 5, 7)
+    pruned(**batch(**INPUTS), use_cache=False)
+
+
+def test_probe_and_pruned_flops_add_up_from_the_widths(pruned: LlamaForCausalLM) -> None:
+    """Against a closed form: every product of the two pruned layers, at its kept width."""
+    found = pruned.ppgraph.report().to_dict()
+    samples, tokens = INPUTS["samples"], INPUTS["length"]
+    sites = [site for site in pruned.ppgraph.sites if site.status == "pruned"]
+    kv = 2 * 16 * pruned.config.num_key_value_heads  # channels of keys and values together
+    is_mha = pruned.config.num_key_value_heads == 4
+
+    def saved(width: int, kept: int, kind: str) -> int:
+        lost = width - kept
+        rows = 2 * samples * tokens * lost
+        if kind == "mlp":
+            return rows * 64 * 3  # gate, up, down
+        products = rows * 64 * (4 if is_mha else 2)  # q, o, and with MHA k, v
+        return products + rows * tokens * 2  # scores and values
+
+    expected = found["flops"]["dense"] - sum(saved(site.width, site.kept, site.kind) for site in sites)
+    assert found["flops"]["pruned"] == expected
+    probe_tokens = tokens // 2  # of one sample of twenty
+    layer = 2 * probe_tokens * 64 * (64 + kv + 2 * 128) + 4 * probe_tokens * probe_tokens * 64
+    assert found["flops"]["probe"] == len(sites) // 2 * layer
+    share = found["flops"]["probe"] / found["flops"]["dense"]
+    assert f"({share:.2%} of dense)" in str(pruned.ppgraph.report())
+
+
+def test_memory_and_graphs(pruned: LlamaForCausalLM) -> None:
+    report, history = pruned.ppgraph.report(), pruned.ppgraph.history
+    found = report.to_dict()
+    assert (
+        found["history_bytes"] == history.nbytes == sum(history[name].nbytes for name in history) + history.seen.nbytes
+    )
+    assert found["history_positions"] == history.positions
+    assert [graph["phase"] for graph in found["graphs"]] == ["calibrate", "prefill"]
+    assert found["recompiles"] == report.recompiles == 0
+    shapes = [tuple(shape) for shape in found["graphs"][1]["shapes"].values()]
+    assert any(len(shape) == 2 and not any(size.isdigit() for size in shape) for shape in shapes), "ids are symbolic"
+
+
+def test_gathered_bytes_are_those_of_the_kept_weights(pruned: LlamaForCausalLM) -> None:
+    sites = [site for site in pruned.ppgraph.sites if site.status == "pruned"]
+    linears = {"mlp": 3, "attention": 4 if pruned.config.num_key_value_heads == 4 else 2}
+    weights = sum(4 * 64 * site.kept * linears[site.kind] for site in sites)
+    assert pruned.ppgraph.report().to_dict()["gathered_bytes"] == weights
+
+
+def test_sites_and_json(pruned: LlamaForCausalLM) -> None:
+    found = json.loads(json.dumps(pruned.ppgraph.report().to_dict()))
+    assert found["config"] == pruned.ppgraph.config.to_dict()
+    assert [site["name"] for site in found["sites"]] == [site.name for site in pruned.ppgraph.sites]
+    last = found["sites"][-1]
+    assert last["exit"] == ["model.layers.2.mlp.down_proj.weight"]
+    assert set(last["entry"]) == {f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")}
+    assert (last["kind"], last["layer"], last["width"], last["status"]) == ("mlp", 2, 128, "pruned")
+    assert found["sites"][0]["reason"] == "one of the first 1 layers (skip_layers)"
+
+
+def test_the_table_fits_a_terminal(pruned: LlamaForCausalLM) -> None:
+    text = str(pruned.ppgraph.report())
+    assert max(map(len, text.splitlines())) <= 100
+    for expected in ("4 of 6 blocks pruned", "20 samples of 24 tokens", "FLOPs probe", "history", "recompiles"):
+        assert expected in text
+
+
+def test_a_report_before_the_first_batch() -> None:
+    report = ppgraph.transform(llama(2), **OPTIONS).ppgraph.report()
+    found = json.loads(json.dumps(report.to_dict()))
+    assert (found["batch"], found["graphs"], found["history_bytes"]) == (None, [], 0)
+    assert found["flops"] == {"dense": None, "probe": None, "pruned": None}
+    assert len(found["sites"]) == 4
+    assert "none yet" in str(report)
+
+
+# explain
+
+
+def test_explain_predicts_what_the_report_then_shows() -> None:
+    model = llama(2, layers=3)
+    config = ppgraph.PruneConfig(ratio=0.4, **SIZES)
+    inputs = batch(**INPUTS)
+    told = explain(model, config, **inputs, use_cache=False)
+    pruned = ppgraph.transform(model, config, lowering="eager")
+    pruned(**inputs, use_cache=False)
+    report = pruned.ppgraph.report().to_dict()
+    found = json.loads(json.dumps(told.to_dict()))
+    assert found["flops"] == report["flops"]
+    assert found["gathered_bytes"] == report["gathered_bytes"]
+    assert [site["kept"] for site in found["sites"]] == [site["kept"] for site in report["sites"]]
+    assert found["predicted_speedup"] == pytest.approx(
+        report["flops"]["dense"] / (report["flops"]["probe"] + report["flops"]["pruned"])
+    )
+    assert max(map(len, str(told).splitlines())) <= 100
+
+
+def test_explain_leaves_the_model_alone() -> None:
+    model = llama(2)
+    attributes = dict(model.__dict__)
+    explain(model, ppgraph.PruneConfig(ratio=0.4, **SIZES), **batch(3, 9))
+    assert model.__dict__ == attributes

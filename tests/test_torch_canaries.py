@@ -1,0 +1,271 @@
+"""A canary for each private part of torch that `ppgraph/_torch.py` uses: one that fails says what a release broke."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ppgraph import _torch
+from ppgraph.errors import InputError
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        x = torch.relu(self.layers[0](x)) * self.scale
+        x = x if attention_mask is None else x * attention_mask
+        return x + kwargs["bias"] if kwargs else x
+
+
+Look = Callable[[GraphModule, list[Any]], Any]
+
+
+def seen_by_backend(look: Look, module: nn.Module | None = None, **inputs: Any) -> Any:
+    """What `look` finds in the graph that Dynamo hands to a backend."""
+    found: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        found.append(look(graph, values))
+        return graph
+
+    torch._dynamo.reset()
+    given = inputs or {"x": torch.ones(3, 4)}
+    for value in given.values():
+        torch._dynamo.maybe_mark_dynamic(value, 0)
+    with torch.no_grad():
+        torch.compile(module or Tiny(), backend=backend, fullgraph=True)(**given)
+    return found[0]
+
+
+def test_placeholder_values_are_fake_tensors_of_one_mode() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        return _torch.placeholder_values(graph), _torch.fake_mode_of(_torch.placeholder_values(graph)), values
+
+    fakes, mode, values = seen_by_backend(look)
+    assert len(fakes) == len(values)
+    assert isinstance(mode, _torch.FakeTensorMode)
+    sizes = [value for value in fakes if isinstance(value, torch.SymInt)]
+    tensors = [value for value in fakes if isinstance(value, torch.Tensor)]
+    assert len(sizes) == 1, "the marked dimension is an input of its own"
+    assert all(tensor.fake_mode is mode for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def test_fake_mode_of_says_when_there_is_no_tensor() -> None:
+    with pytest.raises(RuntimeError, match="no tensor input"):
+        _torch.fake_mode_of([3])
+
+
+def test_placeholder_source_names_parameters_buffers_and_arguments() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        sources = [_torch.placeholder_source(node) for node in graph.graph.nodes if node.op == "placeholder"]
+        return {_torch.source_parameter(source) for source in sources}, {_torch.source_argument(s) for s in sources}
+
+    parameters, arguments = seen_by_backend(look, x=torch.ones(3, 4), attention_mask=torch.ones(3, 1))
+    assert parameters - {""} == {"layers.0.weight", "layers.0.bias", "scale"}
+    assert arguments - {""} == {"x", "attention_mask"}
+    _, arguments = seen_by_backend(look, x=torch.ones(3, 4), bias=torch.ones(3, 1))
+    assert arguments - {""} == {"x", "bias"}
+
+
+def test_traced_module_is_the_model_being_compiled() -> None:
+    model = Tiny()
+    assert seen_by_backend(lambda graph, values: _torch.traced_module(graph), model) is model
+    assert seen_by_backend(lambda graph, values: _torch.traced_module(graph), nn.ReLU(), input=torch.ones(3, 4)) is None
+
+
+def test_traced_module_guards_on_the_models_identity() -> None:
+    traced: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        traced.append(_torch.traced_module(graph))
+        return graph
+
+    torch._dynamo.reset()
+    models = [Tiny(), Tiny()]
+    with torch.no_grad():
+        for model in models:
+            torch.compile(model, backend=backend)(torch.ones(3, 4))
+    assert [found is model for found, model in zip(traced, models, strict=True)] == [True, True]
+
+
+def test_dynamo_lets_go_of_a_models_graphs() -> None:
+    model = Tiny()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=lambda graph, values: graph)(torch.ones(3, 4))
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+def test_to_aten_gives_operators_before_dispatch_with_symbolic_sizes() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            return _torch.to_aten(graph, fakes)
+
+    graph = seen_by_backend(look).graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    aten = torch.ops.aten
+    assert [node.target for node in calls] == [aten.linear.default, aten.relu.default, aten.mul.Tensor]
+    assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in calls)
+
+
+def test_graph_world_does_not_guard_on_sizes_of_one() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        x = next(value for value in fakes if isinstance(value, torch.Tensor) and value.shape[0] not in (4,))
+        before = len(x.fake_mode.shape_env.guards)  # type: ignore[attr-defined]
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            count = (x.shape[0] + 19) // 20  # 1 of today's 3 samples
+            total = x.new_ones(count, 4) + x.new_ones(count, 4)
+        return total.shape[0], len(x.fake_mode.shape_env.guards) - before  # type: ignore[attr-defined]
+
+    size, guards = seen_by_backend(look)
+    assert isinstance(size, torch.SymInt)
+    assert guards == 0
+
+
+def test_call_on_fakes_broadcasts_symbolic_baddbmm() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        x = next(
+            value for value in fakes if isinstance(value, torch.Tensor) and isinstance(value.shape[0], torch.SymInt)
+        )
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            arguments = (x.new_ones(1, 1, 1), x.new_ones(x.shape[0], 2, 4), x.new_ones(x.shape[0], 4, 2))
+            return _torch.call_on_fakes(torch.ops.aten.baddbmm.default, arguments, {})
+
+    assert seen_by_backend(look).shape[1:] == (2, 2)
+
+
+def test_unset_fake_temporarily_gives_real_tensors() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(graph))), _torch.unset_fake_temporarily():
+            return torch.arange(3).tolist()
+
+    assert seen_by_backend(look) == [0, 1, 2]
+
+
+def test_inductor_options_are_those_that_torch_compile_takes() -> None:
+    options = _torch.inductor_options()
+    assert {"max_autotune", "epilogue_fusion"} <= options
+    torch.compile(nn.ReLU(), options={"max_autotune": False})
+
+
+def test_lower_with_inductor_takes_an_aten_graph_and_options() -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            traced = _torch.to_aten(graph, fakes)
+            compiled.append(_torch.lower_with_inductor(traced, fakes, {"max_autotune": False}))
+        return compiled[0]
+
+    torch._dynamo.reset()
+    model, x = Tiny(), torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert compiled
+
+
+def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        raise InputError("no")
+
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(_torch.BackendCompilerFailed) as caught:
+        torch.compile(Tiny(), backend=backend)(torch.ones(3, 4))
+    assert isinstance(caught.value.inner_exception, InputError)
+
+
+def test_compiled_with_finds_backend_and_options_behind_torch_compile() -> None:
+    model = Tiny()
+    settings = {"options": {"ratio": 0.4}}
+    found = _torch.compiled_with(torch.compile(model, backend="ppgraph", **settings))
+    assert found == (model, "ppgraph", settings)
+    model.compile(backend="ppgraph", **settings)
+    assert _torch.compiled_with(model) == (model, "ppgraph", settings)
+
+
+def test_compiled_with_tells_other_models_apart() -> None:
+    assert _torch.compiled_with(Tiny()) is None
+    found = _torch.compiled_with(torch.compile(Tiny(), backend="eager"))
+    assert found is not None
+    assert found[1] == "eager"
+
+
+def test_expression_and_quotient_compare_sizes_without_guards() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        samples = next(value for value in _torch.placeholder_values(graph) if isinstance(value, torch.SymInt))
+        symbol = _torch.expression(samples)
+        return symbol.is_Symbol, _torch.expression(samples * 4 // 4) == symbol, samples.node.shape_env.guards
+
+    assert seen_by_backend(look) == (True, True, [])
+    s, t = sympy.symbols("s t", positive=True, integer=True)
+    assert _torch.quotient(s * t, t) == s
+    assert _torch.quotient(s, t) is None
+    assert _torch.expression(7) == 7
+
+
+def test_floor_division_in_sizes_is_taken_apart() -> None:
+    s, t = sympy.symbols("s t", positive=True, integer=True)
+    assert _torch._without_floors(_torch.FloorDiv(s * t, t)) == s
+    assert _torch._without_floors(_torch.FloorDiv(s, 2)) == _torch.FloorDiv(s, 2)
+
+
+def test_fresh_function_has_graphs_of_its_own() -> None:
+    compilations: list[int] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        compilations.append(1)
+        return graph
+
+    def template(x: torch.Tensor, *, factor: int = 3) -> torch.Tensor:
+        return x * factor
+
+    torch._dynamo.reset()
+    for _ in range(20):  # more than Dynamo's limit of recompilations of one function
+        own = _torch.fresh_function(template)
+        assert torch.equal(torch.compile(own, backend=backend, fullgraph=True)(torch.ones(2)), torch.full((2,), 3.0))
+    assert len(compilations) == 20
+
+
+def test_dynamo_settings_make_floats_constants() -> None:
+    placeholders: list[int] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        placeholders.append(len(values))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, factor: x * factor, backend=backend, dynamic=True)
+    with _torch.dynamo_settings():
+        compiled(torch.ones(2, 3), 0.5)
+    without_sizes = placeholders[0]
+    torch._dynamo.reset()
+    torch.compile(lambda x, factor: x * factor, backend=backend, dynamic=True)(torch.ones(2, 3), 0.5)
+    assert placeholders[1] == without_sizes + 1
+
+
+def test_every_public_name_has_a_canary() -> None:
+    """A name that is added to `_torch.py` is watched here too."""
+    from pathlib import Path
+
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in _torch.__all__ if f"_torch.{name}" not in text] == []

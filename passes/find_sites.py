@@ -24,6 +24,7 @@ from ppgraph.passes.operators import (
     is_fused_attention,
     is_linear,
     is_product,
+    is_rescaling,
     is_reshape,
     linear_activations,
     linear_bias,
@@ -153,10 +154,13 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
     while True:
         if ancestry.depends(added, carried):
             return carried if carried not in _before_products(added) else None
-        if carried not in branches:
+        if carried in branches:
+            branch = branches[carried]
+            carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
+        elif is_rescaling(carried):
+            carried = carried.all_input_nodes[0]
+        else:
             return None
-        branch = branches[carried]
-        carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
 
 
 def _before_products(node: Node) -> set[Node]:

@@ -93,6 +93,11 @@ def is_pointwise(node: Node) -> bool:
     return rule_of(node) is _pointwise
 
 
+def is_rescaling(node: Node) -> bool:
+    """Whether the operator treats the elements of one tensor one by one: a cast, a copy, a product with a number."""
+    return len(node.all_input_nodes) == 1 and (is_pointwise(node) or _packet(node) in PASSING - {aten.slice})
+
+
 def is_view(node: Node) -> bool:
     """Whether the operator only rearranges elements (or repeats them, as `expand` does)."""
     if _packet(node) is aten.index:

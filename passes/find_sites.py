@@ -207,7 +207,7 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
     width, last = shape_of(operand)[-1], max(attention, key=ancestry.index.__getitem__, default=None)
     site = replace(site, width=width, units=_units(kind, width, stream, last))
     try:
-        narrowing = NarrowingPlanner(program, product, operand, region).run(site.block)
+        narrowing = NarrowingPlanner(program, product, operand, region, ancestry.index).run(site.block)
         if attention and not any(node in narrowing.axes for node in attention):
             raise (narrowing.stops[0] if narrowing.stops else Refusal(operand, "its channels don't come out by head"))
         probe = plan_probe(stream, operand, region)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.fx import GraphModule
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.pytorch_utils import Conv1D
 
 import ppgraph
+from ppgraph.errors import NothingToPruneError
 from ppgraph.passes import Site
-from tests.reference import masked
+from tests.reference import Reference, masked
 
 # Sizes under every name that a family's config may have for them; a config takes those that it knows.
 SIZES: dict[str, Any] = {
@@ -181,6 +187,9 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
+)
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_family_equals_its_masked_dense_model(name: str, implementation: str) -> None:
     family = FAMILIES[name]
@@ -196,9 +205,9 @@ def test_family_equals_its_masked_dense_model(name: str, implementation: str) ->
     check_row(name, pruned.ppgraph.sites)
 
 
-def batch(padding: str) -> dict[str, Tensor]:
+def batch(padding: str, seed: int = 1) -> dict[str, Tensor]:
     """Three prompts of 8 to 11 tokens."""
-    ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for sample, gap in ((1, 3), (2, 1)):
         mask[sample, slice(gap) if padding == "left" else slice(-gap, None)] = 0
@@ -267,10 +276,189 @@ def check_sites(family: Family, sites: list[Site]) -> None:
         assert len(sites) == len(expected)
 
 
+# ---- against the reference, over batches that follow one another -----------------------------------
+
+
+def opt(*, norm_before: bool) -> nn.Module:
+    options = {"do_layer_norm_before": norm_before, "word_embed_proj_dim": 64 if norm_before else 32}
+    return Family("opt", {**options, "num_hidden_layers": 3}).model("sdpa")
+
+
+def gpt2() -> nn.Module:
+    return Family("gpt2", {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True}).model("sdpa")
+
+
+@pytest.mark.parametrize(
+    "dense", [opt(norm_before=True), opt(norm_before=False), gpt2()], ids=["opt", "opt, norm after", "gpt2"]
+)
+def test_stateful_batches_equal_the_reference(dense: Any) -> None:
+    """Norms with biases, plain MLPs, learned positions, fused and transposed weights: logits, choices, history."""
+    config = {"ratio": 0.4, "skip_layers": 1, "width_multiple": 8, "history_momentum": 0.9, "probe_batch": 0.4}
+    pruned = ppgraph.transform(dense, lowering="eager", **config)
+    reference = Reference(dense, **config)
+    ppgraph.calibrate(pruned, [batch("right")], progress=False)
+    reference.calibrate([batch("right")])
+    for seed, padding in enumerate(("left", "right", "left")):
+        inputs = batch(padding, seed)
+        real = inputs["attention_mask"].bool()
+        logits = pruned(**inputs, use_cache=False).logits
+        expected = reference(**inputs)
+        selection = pruned.ppgraph.selection()
+        assert list(selection) == list(expected.selection)
+        assert all(torch.equal(selection[site], kept) for site, kept in expected.selection.items())
+        assert relative(logits[real], expected.logits[real]) < 1e-5
+    for site, history in reference.history.items():
+        torch.testing.assert_close(pruned.ppgraph.history[site][: len(history)], history, rtol=1e-4, atol=1e-6)
+
+
+# ---- a family that nobody listed -------------------------------------------------------------------
+
+
+class OddConfig(PretrainedConfig):
+    model_type = "odd"
+
+
+class OddBlock(nn.Module):
+    """Attention and MLP side by side, from one product whose parts come in an order that no other model has.
+
+    The projection's weight is stored in x out and gives, of flattened tokens, [values | gate and up, interleaved |
+    queries, the head size before the heads | keys]. Query heads share key heads inside the fused operator. The residual
+    is scaled, and each block is added in another way.
+    """
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head: int, inner: int) -> None:
+        super().__init__()
+        self.heads, self.head, self.inner = heads, head, inner
+        self.parts = [kv_heads * head, 2 * inner, heads * head, kv_heads * head]
+        self.scale = nn.Parameter(torch.ones(hidden))
+        self.inward = nn.Parameter(torch.randn(hidden, sum(self.parts)) / 4)
+        self.offset = nn.Parameter(torch.randn(sum(self.parts)) / 4)
+        self.mixed = Conv1D(hidden, heads * head)
+        self.thought = nn.Linear(inner, hidden)
+
+    def forward(self, stream: Tensor, visible: Tensor) -> Tensor:
+        samples, tokens = stream.shape[:2]
+        x = F.layer_norm(stream, stream.shape[-1:]) * self.scale
+        fused = torch.addmm(self.offset, x.flatten(0, 1), self.inward)
+        value, pairs, query, key = fused.split(self.parts, dim=-1)
+        query = query.view(samples, tokens, self.head, self.heads).permute(0, 3, 1, 2)
+        key, value = (each.view(samples, tokens, -1, self.head).transpose(1, 2) for each in (key, value))
+        heads = F.scaled_dot_product_attention(query, key, value, visible, scale=0.3, enable_gqa=True)
+        gate, up = pairs.view(samples, tokens, self.inner, 2).unbind(-1)
+        stream = (stream * 0.8).add_(self.mixed(heads.transpose(1, 2).flatten(2)), alpha=1.5)
+        return self.thought(gate.sigmoid() * up**2) * 0.5 + stream
+
+
+class OddModel(PreTrainedModel, GenerationMixin):
+    config_class = OddConfig
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(OddConfig())
+        self.words, self.places = nn.Embedding(97, 48), nn.Embedding(64, 48)
+        self.tower = nn.ModuleList(blocks)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
+    ) -> CausalLMOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        order = torch.arange(input_ids.shape[1])
+        visible = (order <= order[:, None]) & (mask[:, None, None] != 0)
+        stream = self.words(input_ids) + self.places((mask.cumsum(1) - 1).clamp(min=0))
+        for block in self.tower:
+            stream = block(stream, visible)
+        return CausalLMOutput(logits=F.linear(stream, self.words.weight))
+
+
+def test_a_family_that_nobody_listed() -> None:
+    torch.manual_seed(0)
+    dense = OddModel([OddBlock(48, 6, 2, 8, 80) for _ in range(3)]).eval()
+    pruned = ppgraph.transform(dense, **PRUNING)
+    for padding in ("left", "right"):
+        check_logits(dense, pruned, batch(padding))
+    assert [(site.name, site.kind, site.status) for site in pruned.ppgraph.sites] == [
+        (f"tower.{layer}.{exit_linear}", kind, "pruned")
+        for layer in range(3)
+        for exit_linear, kind in (("mixed", "attention"), ("thought", "mlp"))
+    ]
+    check_fused_products(pruned.ppgraph.graphs[0].rewritten)
+
+
+def check_fused_products(rewritten: GraphModule) -> None:
+    """Each block's fused product is taken apart: the parts of one block don't compute those of the other."""
+    widths = [
+        node.meta["val"].shape[-1]
+        for node in rewritten.graph.nodes
+        if node.target is torch.ops.aten.addmm.default and node.meta.get("ppgraph_pass") == "select_weights"
+    ]
+    # Queries of 4 of 6 heads with whole keys and values (2 heads each); gate and up of 48 channels; the first exit.
+    assert sorted(widths) == sorted(3 * [4 * 8 + 2 * 2 * 8, 2 * 48, 48])
+
+
+class Refused(nn.Module):
+    """An MLP that `change` makes impossible to prune."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+        self.norm, self.enter, self.leave = nn.LayerNorm(48), nn.Linear(48, 80), nn.Linear(80, 48, bias=False)
+        self.length = nn.Parameter(torch.ones(48, 1))
+        self.filter = nn.Conv1d(80, 80, 3, groups=80, padding=2)
+
+    def forward(self, stream: Tensor, visible: Tensor) -> Tensor:
+        inner = self.enter(self.norm(stream)).relu()
+        if self.change == "scaled weight":
+            return stream + F.linear(inner, self.leave.weight * self.length)
+        if self.change == "softmax":
+            inner = inner.softmax(-1)
+        elif self.change == "roll":
+            inner = inner.roll(1, 2)
+        elif self.change == "convolution":
+            inner = self.filter(inner.transpose(1, 2))[..., : stream.shape[1]].transpose(1, 2)
+        elif self.change == "previous token":
+            inner = inner + F.pad(inner, (0, 0, 1, 0))[:, : stream.shape[1]]
+        return stream + self.leave(inner)
+
+
+REFUSALS = {
+    "scaled weight": r"linear_\d+ \(aten\.linear\): the block does not end in a linear with a weight parameter",
+    "softmax": r"softmax \(aten\.softmax\): it mixes dimension 2, .*; pruning needs an operator that keeps it apart",
+    "roll": r"roll \(aten\.roll\): no operator rule says where dimension 2 comes from; RULES in .* needs one",
+    "convolution": r"conv1d \(aten\.conv1d\): it mixes neighbouring tokens, so a probe of some of them can't run this",
+    "previous token": r"\w+ \(aten\.\w+\): .*dimension 1",
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSALS.items(), ids=REFUSALS)
+def test_a_refusal_names_site_node_operator_and_what_is_needed(change: str, reason: str) -> None:
+    torch.manual_seed(0)
+    dense = OddModel([OddBlock(48, 6, 2, 8, 80), Refused(change)]).eval()
+    *others, site = ppgraph.transform(dense, **PRUNING).ppgraph.sites
+    assert [other.status for other in others] == ["pruned", "pruned"]
+    assert (site.status, site.refused, site.kind) == ("dense", True, "mlp")
+    assert site.name.startswith("tower.1")
+    assert re.fullmatch(reason + ".*", site.reason)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_model_with_nothing_to_prune_raises_and_says_why() -> None:
+    pruned = ppgraph.transform(Family("mamba").model("eager"), **PRUNING)
+    with pytest.raises(NothingToPruneError) as raised:
+        pruned(**batch("left"), use_cache=False)
+    text = str(raised.value)
+    assert "expected attention or MLP blocks that end in a linear layer" in text
+    for layer in range(2):
+        site = rf"backbone\.layers\.{layer}\.mixer: conv1d\w* \(aten\.conv1d\): it mixes neighbouring tokens"
+        assert re.search(site, text)
+
+
 # ---- the table of families -------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "docs" / "families.md"
+TABLE, README = ROOT / "docs" / "families.md", ROOT / "README.md"
+BEGIN, END = "<!-- families, written by tests/test_families.py -->", "<!-- end of families -->"
 INTRODUCTION = """\
 # Families
 
@@ -283,21 +471,36 @@ model whose dropped heads and channels are zeroed. The columns count the blocks 
 
 
 def check_row(name: str, sites: list[Site]) -> None:
-    """The family's row in `docs/families.md` is what was found just now; if it isn't, it is corrected there."""
-    expected = row(name, sites)
+    """The family's row in `docs/families.md` and README.md is what was found just now; if not, it is corrected."""
     with FileLock(Path(tempfile.gettempdir()) / "ppgraph-families.lock"):
-        rows = read_rows()
-        if rows.get(name) == expected:
-            return
-        rows[name] = expected
+        found = {**read_rows(), name: row(name, sites)}
+        rows = {known: found[known] for known in FAMILIES if known in found}
+        table = INTRODUCTION + "\n".join(rows.values()) + "\n"
+        before, marker, after = README.read_text().partition(BEGIN)
+        assert marker and END in after, f"README.md has no {BEGIN} ... {END}"
+        readme = f"{before}{BEGIN}\n{readme_block(rows)}\n{END}{after.partition(END)[2]}"
+        stale = [path for path, text in ((TABLE, table), (README, readme)) if read(path) != text]
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(INTRODUCTION + "\n".join(rows[known] for known in FAMILIES if known in rows) + "\n")
-    pytest.fail(f"{TABLE} had another row for {name} and has been corrected; look at the change and commit it")
+        for path, text in ((TABLE, table), (README, readme)):
+            if path in stale:
+                path.write_text(text)
+    assert not stale, f"{name} has another row now; it has been corrected there: look at the change and commit it"
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def readme_block(rows: Mapping[str, str]) -> str:
+    """The table in short: the families of which every block is pruned, then what stays dense in others, and why."""
+    stays_dense = {name: line.split("|")[4].strip() for name, line in rows.items()}
+    whole = ", ".join(name for name, reasons in stays_dense.items() if not reasons)
+    lines = ["| families | stays dense |", "| --- | --- |", f"| {whole} | nothing |"]
+    return "\n".join(lines + [f"| {name} | {reasons} |" for name, reasons in stays_dense.items() if reasons])
 
 
 def read_rows() -> dict[str, str]:
-    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
-    cells = {line: line.split("|")[1].strip() for line in lines if line.startswith("| ")}
+    cells = {line: line.split("|")[1].strip() for line in read(TABLE).splitlines() if line.startswith("| ")}
     return {name: line for line, name in cells.items() if name in FAMILIES}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,16 +80,21 @@ def weight_parameter(program: Program, node: Node) -> Node | None:
 
 
 class NarrowingPlanner:
-    """Plans the narrowing of one block. `region`: the nodes that depend on the block's residual stream."""
+    """Plans the narrowing of one block.
 
-    def __init__(self, program: Program, exit_linear: Node, exit_input: Node, region: frozenset[Node]) -> None:
-        self.program, self.exit_linear, self.exit_input, self.region = (
-            program,
-            exit_linear,
-            exit_input,
-            region,
-        )
-        self.position = {node: index for index, node in enumerate(program.graph.nodes)}
+    `region`: the nodes that depend on the block's residual stream; `position`: each node's place in the graph.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        exit_linear: Node,
+        exit_input: Node,
+        region: frozenset[Node],
+        position: Mapping[Node, int],
+    ) -> None:
+        self.program, self.exit_linear, self.exit_input = program, exit_linear, exit_input
+        self.region, self.position = region, position
         self.plan = Narrowing()
         self.queue: list[tuple[int, str]] = []
         self.by_name: dict[str, Node] = {}
@@ -203,26 +209,51 @@ class NarrowingPlanner:
     def _complete(self, linear: Node) -> None:
         """Find the views of a fused projection that stay whole; give up its narrowing when it is used as it is."""
         entry = self.plan.entries[linear]
-        if linear in entry.narrowed:
-            return
-        on_path = {linear}
-        for node in entry.narrowed:
-            while node is not linear:
-                on_path.add(node)
-                node = node.args[0]  # type: ignore[assignment]
-        for node in on_path - set(entry.narrowed):
-            for user in _real_users(node):
-                if user in on_path:
-                    continue
-                layout = layout_of(linear, user, None) if is_view(user) else None
-                if layout is None:
-                    self._abandon(linear, user)
-                    return
-                entry.whole[user] = layout
+        try:
+            entry.whole = parts_kept_whole(linear, entry.narrowed)
+        except Refusal as refusal:
+            for node in self.plan.entries.pop(linear).narrowed:
+                self._stop(node, refusal)
 
-    def _abandon(self, linear: Node, user: Node) -> None:
-        for node in self.plan.entries.pop(linear).narrowed:
-            self._stop(node, Refusal(user, f"it uses the fused output of {linear.name} as a whole"))
+
+def parts_kept_whole(linear: Node, narrowed: Iterable[Node]) -> dict[Node, Layout]:
+    """The views of a linear's output beside those that are narrowed, each with its layout.
+
+    Raises:
+        Refusal: something other than a view uses the output.
+    """
+    ends = dict.fromkeys(narrowed)
+    if linear in ends:
+        return {}
+    on_path = {linear: None}
+    for node in ends:
+        while node is not linear:
+            on_path[node] = None
+            node = node.args[0]  # type: ignore[assignment]
+    whole: dict[Node, Layout] = {}
+    for node in [node for node in on_path if node not in ends]:
+        for user in _real_users(node):
+            if user in on_path:
+                continue
+            layout = layout_of(linear, user, None) if is_view(user) else None
+            if layout is None:
+                raise Refusal(user, f"it uses the fused output of {linear.name} as a whole")
+            whole[user] = layout
+    return whole
+
+
+def share_linears(plans: Sequence[Narrowing]) -> None:
+    """Let several plans narrow parts of one linear: the first of them also makes the parts that none narrows."""
+    sharing: dict[Node, list[EntryLinear]] = {}
+    for plan in plans:
+        for linear, entry in plan.entries.items():
+            sharing.setdefault(linear, []).append(entry)
+    for linear, entries in sharing.items():
+        if len(entries) > 1:
+            first, *others = entries
+            first.whole = parts_kept_whole(linear, [node for entry in entries for node in entry.narrowed])
+            for entry in others:
+                entry.whole = {}
 
 
 def _real_users(node: Node) -> list[Node]:
@@ -325,6 +356,8 @@ class Narrower:
         self.program, self.site, self.plan, self.build = program, site, plan, build
         self.units, self.channels = units, channels
         self.narrowed: dict[Node, Node] = {}
+        # What an earlier block's narrowing has put in the place of a node that this plan may name.
+        self.moved: dict[Node, Node] = program.shared.setdefault("moved", {})
 
     def input_of_exit(self, exit_input: Node) -> Node:
         """The exit linear's input, [..., kept], from the narrowed block."""
@@ -348,7 +381,8 @@ class Narrower:
         return self.narrowed[node]
 
     def _rebuild(self, node: Node) -> Node:
-        action, axis = self.plan.actions[node], self.plan.axes[node]
+        planned = self.moved.get(node, node)
+        action, axis = self.plan.actions[planned], self.plan.axes[planned]
         if action == "select":
             return self.build.select(node, axis.dim, self._index(node, axis))
         if action == "share_keys":
@@ -415,6 +449,7 @@ class Narrower:
             if view in entry.narrowed:
                 self.narrowed[view] = rebuilt
             else:
+                self.moved[rebuilt] = view
                 view.replace_all_uses_with(rebuilt)
 
     def _linear_on(self, linear: Node, rows: Node) -> Node:

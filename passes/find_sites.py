@@ -24,6 +24,7 @@ from ppgraph.passes.operators import (
     is_fused_attention,
     is_linear,
     is_product,
+    is_rescaling,
     is_reshape,
     linear_activations,
     linear_bias,
@@ -165,10 +166,13 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
     while True:
         if ancestry.depends(added, carried):
             return carried if carried not in _before_products(added) else None
-        if carried not in branches:
+        if carried in branches:
+            branch = branches[carried]
+            carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
+        elif is_rescaling(carried):
+            carried = carried.all_input_nodes[0]
+        else:
             return None
-        branch = branches[carried]
-        carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
 
 
 def _before_products(node: Node) -> set[Node]:
@@ -215,7 +219,7 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
     width, last = shape_of(operand)[-1], max(attention, key=ancestry.index.__getitem__, default=None)
     site = replace(site, width=width, units=_units(kind, width, stream, last))
     try:
-        narrowing = NarrowingPlanner(program, product, operand, region).run(site.block)
+        narrowing = NarrowingPlanner(program, product, operand, region, ancestry.index).run(site.block)
         if attention and not any(node in narrowing.axes for node in attention):
             raise (narrowing.stops[0] if narrowing.stops else Refusal(operand, "its channels don't come out by head"))
         probe = plan_probe(stream, operand, region)

@@ -54,7 +54,7 @@ def operand_axes(node: Node, axis: Axis) -> Operands:
     if rule is None:
         raise Refusal(
             node,
-            f"no operator rule says where dimension {axis.dim} comes from; one in passes/operators.py would",
+            f"no operator rule says where dimension {axis.dim} comes from; RULES in passes/operators.py needs one",
         )
     return rule(node, axis)
 
@@ -91,6 +91,11 @@ def is_linear(node: Node) -> bool:
 def is_pointwise(node: Node) -> bool:
     """Whether the operator treats elements one by one, broadcasting its operands."""
     return rule_of(node) is _pointwise
+
+
+def is_rescaling(node: Node) -> bool:
+    """Whether the operator treats the elements of one tensor one by one: a cast, a copy, a product with a number."""
+    return len(node.all_input_nodes) == 1 and (is_pointwise(node) or _packet(node) in PASSING - {aten.slice})
 
 
 def is_view(node: Node) -> bool:
@@ -166,7 +171,11 @@ def _first(node: Node) -> Node:
 
 
 def _mixed(node: Node, axis: Axis) -> Refusal:
-    return Refusal(node, f"it mixes dimension {axis.dim}, so a part of it needs all of the input")
+    return Refusal(
+        node,
+        f"it mixes dimension {axis.dim}, so that a part of it takes all of its input; pruning needs an operator that "
+        "keeps it apart",
+    )
 
 
 def _pointwise(node: Node, axis: Axis) -> Operands:

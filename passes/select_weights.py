@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from ppgraph.passes.base import Builder, PassResult, Program
-from ppgraph.passes.channels import Narrower
+from ppgraph.passes.channels import Narrower, share_linears
 from ppgraph.passes.find_sites import Block
 
 
@@ -20,6 +20,7 @@ class SelectWeights:
 
     def __call__(self, program: Program) -> PassResult:
         inserted = 0
+        share_linears([program.analysis[site.name].narrowing for site in program.pruned_sites])
         for site in program.pruned_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)

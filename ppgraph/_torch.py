@@ -71,9 +71,16 @@ def graph_world(mode: FakeTensorMode) -> Iterator[None]:
 
     A probe of one sample today may be one of two samples tomorrow: `backed_size_oblivious` keeps the broadcasting
     rules from turning that into a guard and so into a recompilation.
+
+    The mode's cache is off: with symbolic sizes, filling it takes as long as computing (half of all time in passes,
+    torch 2.13), and passes share the values of calls that look alike themselves.
     """
-    with tracing(TracingContext(mode)), mode, _symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        yield
+    cached, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        with tracing(TracingContext(mode)), mode, _symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            yield
+    finally:
+        mode.cache_enabled = cached
 
 
 def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -72,6 +73,10 @@ class Block(ABC):
         """The exit linear on the kept channels: its other columns are not there. The bias is whole."""
         return F.linear(y, self.exit_weight()[:, self.channels(units)], self.exit_bias())
 
+    def join(self, residual: Tensor, added: Tensor) -> Tensor:
+        """The residual that the next block sees."""
+        return residual + added
+
 
 class Adapter(ABC):
     """A model as embedding, blocks in order (each added to the residual), head."""
@@ -90,6 +95,10 @@ class Adapter(ABC):
     @abstractmethod
     def head(self, residual: Tensor) -> Tensor:
         """Logits [B, S, V] of the last residual."""
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """The dense model's own position ids [B, S] when it is given none: columns, padding or not."""
+        return torch.arange(mask.shape[1]).expand(mask.shape)
 
 
 def rows(linear: nn.Linear, index: Tensor, x: Tensor) -> Tensor:
@@ -187,7 +196,170 @@ class LlamaAdapter(Adapter):
         return self.model.lm_head(self.model.model.norm(residual))
 
 
-ADAPTERS: dict[str, type[Any]] = {"llama": LlamaAdapter}  # by config.model_type
+class OptAttentionBlock(Block):
+    """MHA with biases. Before attention the norm, or after it (`post`), then on what the next block sees."""
+
+    kind = "attention"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.self_attn", layer
+        self.layernorm, self.attention = module.self_attn_layer_norm, module.self_attn
+        self.post = not module.do_layer_norm_before
+        self.unit_size, self.units = self.attention.head_dim, self.attention.num_heads
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return residual if self.post else self.layernorm(residual)
+
+    def join(self, residual: Tensor, added: Tensor) -> Tensor:
+        return self.layernorm(residual + added) if self.post else residual + added
+
+    def exit_weight(self) -> Tensor:
+        return self.attention.out_proj.weight
+
+    def exit_bias(self) -> Tensor | None:
+        return self.attention.out_proj.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        channels, module = self.channels(units), self.attention
+        q, k, v = (
+            rows(linear, channels, x).split(self.unit_size, dim=-1)
+            for linear in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        heads = [causal_attention(*head, self.unit_size**-0.5) for head in zip(q, k, v, strict=True)]
+        return torch.cat(heads, dim=-1)
+
+
+class OptMlpBlock(Block):
+    """Plain MLP with biases, which lies on the layer itself."""
+
+    kind = "mlp"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.fc2", layer
+        self.module, self.post = module, not module.do_layer_norm_before
+        self.unit_size, self.units = 1, module.fc2.in_features
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return residual if self.post else self.module.final_layer_norm(residual)
+
+    def join(self, residual: Tensor, added: Tensor) -> Tensor:
+        return self.module.final_layer_norm(residual + added) if self.post else residual + added
+
+    def exit_weight(self) -> Tensor:
+        return self.module.fc2.weight
+
+    def exit_bias(self) -> Tensor | None:
+        return self.module.fc2.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        return self.module.activation_fn(rows(self.module.fc1, units, x))
+
+
+class OptAdapter(Adapter):
+    def __init__(self, model: Any) -> None:
+        self.model, self.decoder = model, model.model.decoder
+        self.layers = len(self.decoder.layers)
+        self.blocks = []
+        for layer, module in enumerate(self.decoder.layers):
+            name = f"model.decoder.layers.{layer}"
+            self.blocks += [OptAttentionBlock(name, layer, module), OptMlpBlock(name, layer, module)]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        embedded = self.decoder.embed_tokens(input_ids)
+        if self.decoder.project_in is not None:
+            embedded = self.decoder.project_in(embedded)
+        table = self.decoder.embed_positions
+        return embedded + table.weight[position_ids + table.offset]
+
+    def positional(self, residual: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def head(self, residual: Tensor) -> Tensor:
+        for last in (self.decoder.final_layer_norm, self.decoder.project_out, self.model.lm_head):
+            residual = residual if last is None else last(residual)
+        return residual
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Real tokens are counted, padding is not; at padding -1, which the table has a row for."""
+        return mask.cumsum(dim=1) * mask - 1
+
+
+class Gpt2AttentionBlock(Block):
+    """MHA from one fused projection whose weight is stored in x out: [q | k | v], each [head, dim]."""
+
+    kind = "attention"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.attn", layer
+        self.layernorm, self.attention = module.ln_1, module.attn
+        self.unit_size, self.units = self.attention.head_dim, self.attention.num_heads
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return self.layernorm(residual)
+
+    def exit_weight(self) -> Tensor:
+        return self.attention.c_proj.weight.T
+
+    def exit_bias(self) -> Tensor | None:
+        return self.attention.c_proj.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        fused, channels = self.attention.c_attn, self.channels(units)
+        parts = []
+        for start in (0, self.width, 2 * self.width):
+            part = x @ fused.weight[:, start + channels] + fused.bias[start + channels]
+            parts.append(part.split(self.unit_size, dim=-1))
+        heads = [causal_attention(*head, self.attention.scaling) for head in zip(*parts, strict=True)]
+        return torch.cat(heads, dim=-1)
+
+
+class Gpt2MlpBlock(Block):
+    """Plain MLP, weights stored in x out."""
+
+    kind = "mlp"
+
+    def __init__(self, name: str, layer: int, module: Any) -> None:
+        self.site, self.layer = f"{name}.mlp", layer
+        self.layernorm, self.mlp = module.ln_2, module.mlp
+        self.unit_size, self.units = 1, len(self.mlp.c_proj.weight)
+
+    def norm(self, residual: Tensor) -> Tensor:
+        return self.layernorm(residual)
+
+    def exit_weight(self) -> Tensor:
+        return self.mlp.c_proj.weight.T
+
+    def exit_bias(self) -> Tensor | None:
+        return self.mlp.c_proj.bias
+
+    def exit_input(self, x: Tensor, positional: Sequence[Tensor], units: Tensor) -> Tensor:
+        return self.mlp.act(x @ self.mlp.c_fc.weight[:, units] + self.mlp.c_fc.bias[units])
+
+
+class Gpt2Adapter(Adapter):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = len(model.transformer.h)
+        self.blocks = []
+        for layer, module in enumerate(model.transformer.h):
+            name = f"transformer.h.{layer}"
+            self.blocks += [Gpt2AttentionBlock(name, layer, module), Gpt2MlpBlock(name, layer, module)]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model.transformer.wte(input_ids) + self.model.transformer.wpe(position_ids)
+
+    def positional(self, residual: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def head(self, residual: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.transformer.ln_f(residual))
+
+
+ADAPTERS: dict[str, type[Any]] = {  # by config.model_type
+    "llama": LlamaAdapter,
+    "opt": OptAdapter,
+    "gpt2": Gpt2Adapter,
+}
 
 # ----------------------------------------------------------------------------------------------------
 # The formulas, one function each
@@ -404,10 +576,11 @@ class Reference:
     def run(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, calibrating: bool
     ) -> Result:
-        alignment = Alignment(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        alignment = Alignment(mask)
         real = alignment.real
-        if position_ids is None:  # columns, padding or not, as the dense model
-            position_ids = torch.arange(input_ids.shape[1])[None]
+        if position_ids is None:
+            position_ids = self.adapter.positions(mask)
         position_ids = position_ids.expand(input_ids.shape)
         residual = self.adapter.embed(input_ids, position_ids)
         positional = [alignment.to_positions(t) for t in self.adapter.positional(residual, position_ids)]
@@ -426,7 +599,7 @@ class Reference:
                 self.update_history(block, y, real, units)
             if calibrating and self.is_pruned(block):
                 self.calibrate_history(block, y, real)
-            residual = residual + block.exit(y, units)
+            residual = block.join(residual, block.exit(y, units))
         return Result(alignment.to_columns(self.adapter.head(residual)), selection)
 
     @torch.no_grad()
@@ -465,19 +638,11 @@ def find_exit(model: nn.Module, site: str) -> nn.Module:
     return children[found[0]]
 
 
-@torch.no_grad()
-def masked_dense_logits(
-    model: Any,
-    selection: Mapping[str, Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    exits: Mapping[str, str] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Logits of the untouched dense model in which each exit linear reads 0 on the channels not selected.
+@contextmanager
+def masked(model: nn.Module, selection: Mapping[str, Tensor], exits: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Within it, each exit linear of the dense model reads 0 on the channels not selected.
 
-    `exits` maps a site to the path of its exit linear where the name does not tell; `kwargs` go to the model.
+    `exits` maps a site to the path of its exit linear where the name does not tell.
     """
 
     def keep_only(kept: Tensor) -> Any:
@@ -494,7 +659,22 @@ def masked_dense_logits(
             path = (exits or {}).get(site)
             exit_linear = model.get_submodule(path) if path else find_exit(model, site)
             handles.append(exit_linear.register_forward_pre_hook(keep_only(kept)))
-        return model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def masked_dense_logits(
+    model: Any,
+    selection: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    exits: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Logits of the untouched dense model within `masked`; `kwargs` go to the model."""
+    with masked(model, selection, exits):
+        return model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits

@@ -45,7 +45,11 @@ def time_ms(call: Callable[[], object]) -> float:
     return (synchronised_seconds() - start) * 1000
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: Iterable[int]) -> dict[str, Timing]:
+def alternate(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: Iterable[int],
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
     """Time all variants once a round, so that what else the machine does meets all of them alike.
 
     Each round starts with another variant, because a call finds the caches as the one before left them.
@@ -54,12 +58,15 @@ def alternate(variants: Mapping[str, Callable[[], object]], rounds: Iterable[int
     Args:
         variants: Calls by name.
         rounds: Yields one number a round; wrap it in a progress bar.
+        prepare: By name, what to call before each call of a variant, untimed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for number in rounds:
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if prepare:
+                prepare[name]()
             times[name].append(time_ms(variants[name]))
     return {name: Timing(tuple(values)) for name, values in times.items()}
 

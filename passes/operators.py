@@ -514,6 +514,15 @@ def key_axes(node: Node) -> Operands:
     return []
 
 
+def slot_write(node: Node) -> Node | None:
+    """The `index_copy` that wrote new keys or values [B, H, S, D] into the slots of a cache, seen through views."""
+    while is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if _packet(node) not in (aten.index_copy, aten.index_copy_) or _rank(node) != 4:
+        return None
+    return node if _dim(node, node.args[1]) == _rank(node) - 2 else None  # type: ignore[arg-type]
+
+
 def _comes_from_softmax(node: Node) -> bool:
     """Whether a node is attention probabilities: a softmax, seen through casts, dropout, slices and views."""
     while not is_attention_softmax(node):

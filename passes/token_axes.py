@@ -5,7 +5,9 @@ before any matrix product (the norm) is gathered, and so is whatever else the bl
 token: rotary tables, masks, position biases. Everything between is emitted again on the gathered rows.
 
 Keys may be more than the batch's own tokens: what a cache holds comes before them, attention sinks come behind. Those
-stay whole, so that the probed tokens see them as the full batch does.
+stay whole, so that the probed tokens see them as the full batch does. A cache of fixed size has slots, into some of
+which the batch's keys are written: the probe reads the slots as full inference fills them (such keys stay whole anyway)
+and hides those of tokens that it did not choose.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from ppgraph.passes.operators import (
     reduced_axis,
     reshaped_axis,
     sliced_range,
+    slot_write,
     softmax_dim,
 )
 from ppgraph.passes.rebuild import rebuild
@@ -76,12 +79,16 @@ Key = tuple[Node, Tags]
 
 @dataclass
 class ProbePlan:
-    """What is gathered and what is emitted again, with the operands' tags for each, for one residual stream."""
+    """What is gathered and what is emitted again, with the operands' tags for each, for one residual stream.
+
+    `slots`: for each attention or softmax over the slots of a cache, the operator that writes the new keys into them.
+    """
 
     output: Key
     stream: Node
     gathered: set[Key] = field(default_factory=set)
     operands: dict[Key, dict[Node, Tags]] = field(default_factory=dict)
+    slots: dict[Node, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class _Planner:
         self.early: dict[Node, bool] = {}
         self.stream = stream
         self.plan = ProbePlan((exit_input, self._leading_tags(exit_input)), stream)
+        self.written: Node | None = None
         self._visit(*self.plan.output)
 
     def _leading_tags(self, node: Node) -> Tags:
@@ -150,7 +158,8 @@ class _Planner:
         key = (node, tags)
         if not tags or key in self.plan.gathered or key in self.plan.operands:
             return
-        if node not in self.region or self._is_early(node):
+        in_slots = self.written is not None and slot_write(node) is node
+        if node not in self.region or self._is_early(node) or in_slots:
             self._check_sizes(node, tags)
             self.plan.gathered.add(key)
             return
@@ -195,27 +204,59 @@ class _Planner:
         for dim, tag in tags.items():
             for operand, operand_dim, operand_tag in self._operand_dims(node, dim, tag):
                 found.setdefault(operand, {})[operand_dim] = operand_tag
-        keys = [] if _is_one(self.tokens) else key_axes(node)
+        keys = key_axes(node)
         if keys:
-            tag = self._keys(node, [shape_of(operand)[axis.dim] for operand, axis in keys])
-            for operand, axis in keys:
+            self.written = self._slots(keys)
+        if _is_one(self.tokens):
+            pass  # nothing to choose from
+        elif self.written is not None and (is_fused_attention(node) or is_attention_softmax(node)):
+            self._require_mask(node)
+            self.plan.slots[node] = self.written
+        elif keys and self.written is None:
+            sizes = [shape_of(operand)[axis.dim] for operand, axis in keys]
+            for (operand, axis), tag in zip(keys, self._keys(node, sizes), strict=True):
                 found.setdefault(operand, {})[axis.dim] = tag
         self._mark_shared(node, tags, found)
         return {operand: self._active(operand_tags) for operand, operand_tags in found.items()}
 
-    def _keys(self, node: Node, sizes: list[Any]) -> Tag:
-        """The tag of the dimensions of keys, of these sizes: the batch's own tokens are the last of them.
+    def _slots(self, keys: list[tuple[Node, Axis]]) -> Node | None:
+        """The operator that writes this batch's keys into slots of a cache, where attention reads all slots."""
+        for operand, axis in keys:
+            write = slot_write(operand)
+            if write is not None and not same_size(shape_of(operand)[axis.dim], self.tokens):
+                return write
+        return None
 
-        A sliding cache has its length as a number too, by which masks may be sized: one size, two spellings.
+    def _require_mask(self, node: Node) -> None:
+        if is_fused_attention(node) and not isinstance(argument(node, 3, "attn_mask"), Node):
+            raise Refusal(node, "it reads all slots of a cache; expected an attention mask that hides the empty ones")
+
+    def _keys(self, node: Node, sizes: list[Any]) -> list[Tag]:
+        """The tags of the dimensions of keys, of these sizes: the batch's own tokens are the last of them.
+
+        The operator wants all sizes alike, but they may be spelt differently: keys and values of a cache each have a
+        length of their own, and a sliding cache has one as a number too, by which masks may be sized.
         """
-        before = {expression(size) - expression(self.tokens): size for size in sizes}
-        ahead = next((others for others in before if others.is_nonnegative), None)
-        if ahead is None or not all(_same_by_guard(size, before[ahead]) for size in sizes):
+        ahead = next((size for size in sizes if self._is_ahead(size)), None)
+        if ahead is None:
             raise Refusal(node, f"it has {sizes[0]} keys; expected those of a cache and {self.tokens} new ones")
-        if ahead != 0 and is_fused_attention(node) and argument(node, 5, "is_causal", False):
+        tags = []
+        for size in sizes:
+            if not self._is_ahead(size) and not _same_by_guard(size, ahead):
+                raise Refusal(node, f"it has {ahead} keys, but {size} in another operand")
+            known = size if self._is_ahead(size) else ahead
+            self.known_sizes[expression(known)] = known
+            tags.append(replace(TOKEN, before=expression(known) - expression(self.tokens)))
+        if tags[0].before != 0 and is_fused_attention(node) and argument(node, 5, "is_causal", False):
             raise Refusal(node, "is_causal with keys of a cache counts from the first key; expected an attention mask")
-        self.known_sizes[expression(before[ahead])] = before[ahead]
-        return replace(TOKEN, before=ahead)
+        return tags
+
+    def _is_ahead(self, size: Any) -> bool:
+        """Whether a size is, by how it is spelt or known bounds, that of some keys and of all tokens after them."""
+        others = expression(size) - expression(self.tokens)
+        if others.free_symbols & expression(self.tokens).free_symbols:
+            return False
+        return bool(others.is_nonnegative) or bool(statically_known_true(size >= self.tokens))
 
     def _operand_dims(self, node: Node, dim: int, tag: Tag) -> list[tuple[Node, int, Tag]]:
         if is_reshape(node):
@@ -361,7 +402,7 @@ class Prober:
         return self.emitted[key]
 
     def _again(self, node: Node, tags: dict[int, Tag], operands: dict[Node, Node]) -> Node:
-        if self.sampling.real is not None:
+        if node in self.plan.slots or self.sampling.real is not None:
             if is_fused_attention(node) and any(tag.counts == "token" for tag in tags.values()):
                 return self._attention_without_padding(node, tags, operands)
             if is_attention_softmax(node):
@@ -385,22 +426,22 @@ class Prober:
         return self.build(operator.add, self.build(operator.sub, self.build.size(node, dim), self.length), tokens)
 
     def _scores_without_padding(self, node: Node, tags: dict[int, Tag], operands: dict[Node, Node]) -> dict[Node, Node]:
-        """Attention scores [B', ..., S', keys] before the softmax, lowest where the key is padding."""
+        """Attention scores [B', ..., S', keys] before the softmax, lowest where the key is hidden."""
         source = node.all_input_nodes[0]
         keys = softmax_dim(node)
-        if keys not in tags:
+        if keys not in tags and node not in self.plan.slots:
             return operands
         scores = operands[source]
         lowest = torch.finfo(scores.meta["val"].dtype).min
         block = next((tag.block for tag in tags.values() if tag.is_sample), 1)
-        visible = self._visible(source, keys, tags[keys], block)
+        visible = self._visible(node, source, keys, tags.get(keys, TOKEN), block)
         return {**operands, source: self.build.where(visible, scores, lowest)}
 
     def _attention_without_padding(self, node: Node, tags: dict[int, Tag], operands: dict[Node, Node]) -> Node:
         """Fused attention whose mask also hides keys that are padding, or no chosen token of that sample."""
         key, axis = key_axes(node)[0]
-        key_tags = dict(self.plan.operands[node, tuple(tags.items())][key])
-        visible = self._visible(key, axis.dim, key_tags[axis.dim], 1)
+        key_tags = dict(self.plan.operands[node, tuple(tags.items())].get(key, ()))
+        visible = self._visible(node, key, axis.dim, key_tags.get(axis.dim, TOKEN), 1)
         mask = argument(node, 3, "attn_mask")
         if isinstance(mask, Node):
             visible = self._masked(operands.get(mask, mask), visible)
@@ -408,7 +449,7 @@ class Prober:
             order = self.build(aten.arange.default, self.sampling.token_count, device=visible.meta["val"].device)
             earlier = self.build(aten.le.Tensor, order, self.build(aten.unsqueeze.default, order, 1))
             visible = self.build(aten.logical_and.default, visible, earlier)
-        inputs = (operands[used] for used in node.args[:3] if isinstance(used, Node))
+        inputs = (operands.get(used, used) for used in node.args[:3] if isinstance(used, Node))
         settings = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
         return self.build(call_target(node), *inputs, visible, 0.0, False, **settings)  # type: ignore[no-any-return]
 
@@ -419,26 +460,53 @@ class Prober:
             return self.build(aten.logical_and.default, mask, visible)  # type: ignore[no-any-return]
         return self.build.where(visible, mask, torch.finfo(dtype).min)
 
-    def _visible(self, node: Node, dim: int, tag: Tag, block: int) -> Node:
-        """Which keys are real tokens, or none of this batch's tokens: [B', 1, ..., 1, keys] with the rank of `node`.
+    def _visible(self, node: Node, operand: Node, dim: int, tag: Tag, block: int) -> Node:
+        """Which keys of `node`, an attention, are real tokens, or none of this batch's: [B', 1, ..., 1, keys].
 
-        `dim` of `node` counts the keys; `block`: heads that are folded with samples, for which it is repeated.
+        `dim` of `operand`, whose rank the result has, counts the keys; `block`: heads that are folded with samples, for
+        which it is repeated.
         """
+        samples = self.sampling.sample_count
+        if node in self.plan.slots:
+            visible, count = self._visible_slots(self.plan.slots[node])
+        else:
+            visible, count = self._visible_tokens(operand, dim, tag), self._count(operand, dim, tag)
+        if block > 1:
+            visible = self.build(aten.unsqueeze.default, visible, 1)
+            visible = self.build(aten.expand.default, visible, [samples, block, count])
+            samples = self.build(operator.mul, samples, block)
+        middle = [1] * (len(shape_of(operand)) - 2)
+        return self.build(aten.reshape.default, visible, [samples, *middle, count])  # type: ignore[no-any-return]
+
+    def _visible_tokens(self, node: Node, dim: int, tag: Tag) -> Node:
+        """[B', keys], the keys being the chosen tokens and what lies around them."""
         real, samples = self.sampling.real, self.sampling.sample_count
         assert real is not None
-        if tag.has_others:
-            before, after = others(self.build, node, dim, tag, self.length), tag.after
-            widths = [width for width in (before, after) if width != 0]
-            sides = [self.build(aten.new_ones.default, real, [samples, width]) for width in widths]
-            order = [*sides[: before != 0], real, *sides[before != 0 :]]
-            real = self.build(aten.cat.default, order, 1)
-        count = self._count(node, dim, tag)
-        if block > 1:
-            real = self.build(aten.unsqueeze.default, real, 1)
-            real = self.build(aten.expand.default, real, [samples, block, count])
-            samples = self.build(operator.mul, samples, block)
-        middle = [1] * (len(shape_of(node)) - 2)
-        return self.build(aten.reshape.default, real, [samples, *middle, count])  # type: ignore[no-any-return]
+        if not tag.has_others:
+            return real
+        before, after = others(self.build, node, dim, tag, self.length), tag.after
+        widths = [width for width in (before, after) if width != 0]
+        sides = [self.build(aten.new_ones.default, real, [samples, width]) for width in widths]
+        return self.build(aten.cat.default, [*sides[: before != 0], real, *sides[before != 0 :]], 1)  # type: ignore[no-any-return]
+
+    def _visible_slots(self, write: Node) -> tuple[Node, Any]:
+        """[B', slots] and the number of slots: those of chosen tokens, and those that this batch did not write."""
+        sampling, build = self.sampling, self.build
+        _, dim, places, _ = write.args[:4]
+        assert isinstance(places, Node) and isinstance(dim, int)
+        count, shape = build.size(write, dim), [sampling.sample_count, sampling.token_count]
+        older = build(aten.ones.default, [count], dtype=torch.bool, device=places.meta["val"].device)
+        older = build(aten.unsqueeze.default, build(aten.index_fill.int_Scalar, older, 0, places, False), 0)
+        columns = sampling.columns
+        if len(shape_of(columns)) == 1 and sampling.real is None:
+            columns = build(aten.expand.default, build(aten.unsqueeze.default, columns, 0), shape)
+        chosen = build.select(places, 0, build(aten.reshape.default, columns, [-1]))
+        chosen = build(aten.reshape.default, chosen, shape)
+        # Counted, as fillers may share the slot of a real token.
+        real = sampling.real if sampling.real is not None else build(aten.ones_like.default, chosen, dtype=torch.bool)
+        counts = build(aten.new_zeros.default, chosen, [sampling.sample_count, count])
+        counts = build(aten.scatter_add.default, counts, 1, chosen, build(aten.to.dtype, real, torch.int64))
+        return build(aten.logical_or.default, older, build(aten.gt.Scalar, counts, 0)), count
 
 
 def others(build: Builder, node: Node, dim: int, tag: Tag, length: Any) -> Any:

@@ -10,6 +10,7 @@ import functools
 import re
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,10 @@ import torch._dynamo.config
 import torch.fx.experimental._config as _symbolic_config
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -32,6 +33,7 @@ from torch.utils._sympy.functions import FloorDiv
 __all__ = [
     "BackendCompilerFailed",
     "FakeTensorMode",
+    "arguments_of",
     "call_on_fakes",
     "compiled_with",
     "dynamo_settings",
@@ -39,16 +41,20 @@ __all__ = [
     "fake_mode_of",
     "fresh_function",
     "graph_world",
+    "graphs_left",
     "inductor_options",
     "lower_with_inductor",
+    "passing_errors",
     "placeholder_source",
     "placeholder_values",
     "quotient",
     "source_argument",
     "source_parameter",
     "to_aten",
+    "traced_code",
     "traced_module",
     "unset_fake_temporarily",
+    "wrapper_of",
 ]
 
 
@@ -145,18 +151,85 @@ def traced_module(module: GraphModule) -> torch.nn.Module | None:
     if not isinstance(root, torch.nn.Module):
         return None
     # Models of one class share their code, so their graphs too unless a guard tells them apart.
-    TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+    TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(_match_module))
     return root
 
 
+def _match_module(builder: GuardBuilder, guard: Guard) -> None:
+    """Guard on a module's identity, and let Dynamo count its graphs apart from those of other modules.
+
+    Dynamo runs a frame uncompiled, so the model dense, once its code has `recompile_limit` graphs. It counts by module
+    where that is a local of the frame; decorators of transformers get the model in `*args`.
+    """
+    builder.ID_MATCH(guard)
+    module = weakref.ref(builder.get(guard))
+    builder.id_matched_objs.setdefault(guard.name, module)
+
+
 def _dynamo_scopes() -> dict[str, Any] | None:
-    frame: types.FrameType | None = sys._getframe()
+    graph = _output_graph()
+    return None if graph is None else {"L": graph.local_scope, "G": graph.global_scope}
+
+
+def _output_graph() -> OutputGraph | None:
+    found = (frame.f_locals.get("self") for frame in _frames())
+    return next((value for value in found if isinstance(value, OutputGraph)), None)
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """The calling frames, the nearest first."""
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        graph = frame.f_locals.get("self")
-        if isinstance(graph, OutputGraph):
-            return {"L": graph.local_scope, "G": graph.global_scope}
+        yield frame
         frame = frame.f_back
-    return None
+
+
+def traced_code() -> tuple[str, str] | None:
+    """File and name of the function that Dynamo is compiling; those of the compiled one are the same."""
+    graph = _output_graph()
+    return None if graph is None else (graph.root_tx.f_code.co_filename, graph.root_tx.f_code.co_name)
+
+
+def arguments_of(code: tuple[str, str]) -> list[Any]:
+    """What the nearest running call of that function was given, `*args` and `**kwargs` laid out."""
+    frame = next((frame for frame in _frames() if (frame.f_code.co_filename, frame.f_code.co_name) == code), None)
+    values: list[Any] = []
+    for value in frame.f_locals.values() if frame is not None else ():
+        values += value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else [value]
+    return values
+
+
+def wrapper_of(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The `torch.compile(module)` whose call is running; None when the module is compiled in another way."""
+    found = (frame.f_locals.get("self") for frame in _frames())
+    return next((value for value in found if isinstance(value, OptimizedModule) and value._orig_mod is module), None)
+
+
+def graphs_left() -> int:
+    """How often Dynamo may still compile the code that it is compiling before it leaves it uncompiled for good."""
+    compile_id = CompileContext.current_compile_id()
+    done = 0 if compile_id is None else compile_id.frame_compile_id or 0
+    return int(torch._dynamo.config.accumulated_recompile_limit) - 1 - int(done)
+
+
+@contextlib.contextmanager
+def passing_errors(kind: type[Exception]) -> Iterator[None]:
+    """Let errors of this kind pass through Dynamo as they are; others it wraps as the failure of a backend."""
+    try:
+        yield
+    except kind as error:
+        raise _as_passing(error).with_traceback(error.__traceback__) from None
+
+
+def _as_passing(error: Exception) -> Exception:
+    """The same error, of a class that is Dynamo's own too: those it hands on."""
+
+    def initialise(self: ShortenTraceback, *arguments: object) -> None:
+        ShortenTraceback.__init__(self, *arguments, first_useful_frame=None)
+
+    kind = type(error)
+    passing = type(kind.__name__, (kind, ShortenTraceback), {"__init__": initialise, "__module__": kind.__module__})
+    return passing(*error.args)  # type: ignore[no-any-return]
 
 
 def compiled_with(model: object) -> tuple[torch.nn.Module, str, dict[str, Any]] | None:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ppgraph import _torch
 from ppgraph.config import PruneConfig, field_names
-from ppgraph.errors import CaptureError, ConfigError, InputError
+from ppgraph.errors import CaptureError, ConfigError, InputError, PPGraphError
 from ppgraph.runtime import Runtime
 from ppgraph.transform import Pruning, require_causal_lm
 
@@ -35,20 +35,25 @@ def ppgraph_backend(
         mode: A mode of `torch.compile`, such as `"max-autotune"`.
 
     Raises:
-        ConfigError: an option that neither knows.
-        CaptureError: the graph is not a model's forward as a whole.
+        ConfigError: an option that neither knows, or an unknown mode.
+        CaptureError: the graph is not a model's forward as a whole, or Dynamo would not compile another one.
         InputError: an input requires a gradient.
     """
-    config, lowering = split_options(options, mode)
-    model = _torch.traced_module(module)
-    if model is None:
-        raise CaptureError(
-            'backend="ppgraph" needs the whole forward of a causal language model in one graph; this graph reads no '
-            "parameters of one. Compile the model itself: torch.compile(model, backend='ppgraph')"
-        )
-    _refuse_gradients(module)
-    runtime = pruning_of(model, config, lowering).runtime
-    return runtime.compile(module)
+    with _torch.passing_errors(PPGraphError):
+        config, lowering = split_options(options, mode)
+        model = _torch.traced_module(module)
+        if model is None:
+            raise CaptureError(
+                'backend="ppgraph" needs the whole forward of a causal language model in one graph; this graph reads '
+                "no parameters of one. Compile the model itself: torch.compile(model, backend='ppgraph')"
+            )
+        _refuse_gradients(module)
+        if _torch.graphs_left() <= 0:
+            raise CaptureError(
+                "Dynamo has compiled this forward as often as torch._dynamo.config.accumulated_recompile_limit allows; "
+                "later models and shapes would run dense. Raise that limit, or use ppgraph.transform, which has none"
+            )
+        return pruning_of(model, config, lowering, _torch.wrapper_of(model)).runtime.compile(module)
 
 
 def _refuse_gradients(module: GraphModule) -> None:
@@ -66,7 +71,7 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
     """Tell pruning options from Inductor's.
 
     Raises:
-        ConfigError: naming the options that neither knows.
+        ConfigError: naming the options that neither knows, or the mode that Inductor doesn't.
     """
     given = dict(options or {})
     pruning = {name: value for name, value in given.items() if name in field_names()}
@@ -78,16 +83,28 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             "options of Inductor (torch._inductor.list_options())"
         )
     if mode and mode != "default":
-        lowering = {**torch._inductor.list_mode_options(mode), **lowering}
+        modes = torch._inductor.list_mode_options()
+        if mode not in modes:
+            raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(sorted(modes))}")
+        lowering = {**modes[mode], **lowering}
     return PruneConfig.from_dict(pruning), lowering
 
 
-def pruning_of(model: nn.Module, config: PruneConfig, lowering: Mapping[str, Any]) -> Pruning:
-    """What `model` carries as `.ppgraph`, made at its first compilation with this config."""
-    known = model.__dict__.get("ppgraph")
-    if isinstance(known, Pruning) and known.is_for(model) and known.config == config:
-        return known
-    require_causal_lm(model)
-    made = Pruning(model, Runtime(config, "inductor", lowering))
-    model.__dict__["ppgraph"] = made
-    return made
+def pruning_of(
+    model: nn.Module, config: PruneConfig, lowering: Mapping[str, Any], wrapper: nn.Module | None = None
+) -> Pruning:
+    """What `model` remembers as compiled with this config and lowering, made at the first use.
+
+    A model may be compiled in several ways at once, each with a state of its own: `wrapper.ppgraph` is that of
+    `wrapper = torch.compile(model, ...)`, `model.ppgraph` the one that was compiled or calibrated last.
+    """
+    variants: dict[Any, Pruning] = model.__dict__.setdefault("ppgraph_variants", {})
+    key = (config, repr(sorted(lowering.items())))
+    known = variants.get(key)
+    if known is None or not known.is_for(model):
+        require_causal_lm(model)
+        known = variants[key] = Pruning(model, Runtime(config, "inductor", lowering))
+    for holder in (model, wrapper):
+        if holder is not None:
+            holder.__dict__["ppgraph"] = known
+    return known

@@ -58,7 +58,8 @@ def _pruned_model(pruned: nn.Module) -> tuple[nn.Module, Pruning]:
     compiled = compiled_with(pruned)
     if compiled is not None and compiled[1] == "ppgraph":
         model, _, settings = compiled
-        return model, pruning_of(model, *split_options(settings.get("options"), settings.get("mode")))
+        wrapper = pruned if pruned is not model else None
+        return model, pruning_of(model, *split_options(settings.get("options"), settings.get("mode")), wrapper)
     pruning = getattr(pruned, "ppgraph", None)
     if not isinstance(pruning, Pruning):
         raise InputError(

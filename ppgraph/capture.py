@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
-from ppgraph.passes.base import Program
+from ppgraph.passes.base import Program, same_size
 from ppgraph.passes.operators import is_view
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
 def normalise(module: GraphModule) -> None:
     """Spell alike what transformers spells in several ways; the graph computes the same as before."""
     for node in list(module.graph.nodes):
-        for rule in (_drop_empty_from_cat, _spell_type_as_cast, _assign_to_slice, _without_mutation):
+        for rule in NORMALISATIONS:
             if rule(node):
                 break
 
@@ -114,6 +114,40 @@ def _without_mutation(node: Node) -> bool:
     return True
 
 
+def _read_back_what_was_written(node: Node) -> bool:
+    """A model's argument that was written into is read from the write, so that what is in it can be seen.
+
+    Static caches write keys into their buffers and hand on the buffers.
+    """
+    target = node.target
+    if target is not aten.index_copy_.default or not isinstance(node.args[0], Node) or node.args[0].op != "placeholder":
+        return False
+    _rename_after(node.args[0], node)
+    return True
+
+
+def _read_new_keys_of_fresh_slots(node: Node) -> bool:
+    """Of a static cache that this graph allocates, transformers reads the first slots: the keys just written there.
+
+    It does so where it needs no mask, as the cache was empty (`sdpa_attention_forward` of transformers).
+    """
+    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
+        return False
+    write = node.args[0]
+    while write.target is aten.slice.Tensor and write.meta["val"].shape == write.args[0].meta["val"].shape:  # type: ignore[union-attr]
+        write = write.args[0]  # type: ignore[assignment]
+    if write.target is not aten.index_copy.default or write.args[0].target is not aten.zeros.default:  # type: ignore[union-attr]
+        return False
+    new, dim, start = write.args[3], write.args[1], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(new, Node) and isinstance(dim, int)
+    sizes = zip(node.meta["val"].shape, new.meta["val"].shape, strict=True)
+    if node.args[1] != dim or start != 0 or not all(same_size(*pair) for pair in sizes):
+        return False
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return True
+
+
 def _owns_memory(node: Node) -> bool:
     """Whether nothing but this node's own users can see its memory."""
     target = node.target
@@ -130,6 +164,16 @@ def _rename_after(old: Node, new: Node) -> None:
     """Users of `old` that come after `new` read `new` instead."""
     for user in [user for user in old.users if user > new]:
         user.replace_input_with(old, new)
+
+
+NORMALISATIONS = (
+    _drop_empty_from_cat,
+    _spell_type_as_cast,
+    _assign_to_slice,
+    _without_mutation,
+    _read_back_what_was_written,
+    _read_new_keys_of_fresh_slots,
+)
 
 
 def parameter_values(program: Program, inputs: Sequence[Any]) -> Mapping[str, torch.Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class GraphRecord:
     """One graph of a model: as `captured`, as `rewritten`, for which `phase`, with which input shapes.
 
     `batch` are the sizes, symbolic or not, of samples and tokens; `seconds` is what rewriting and lowering took.
+    `sites` are the blocks as this graph has them: one may refuse what another can rewrite.
     """
 
     phase: Phase
@@ -53,6 +55,7 @@ class GraphRecord:
     shapes: dict[str, tuple[str, ...]]
     batch: tuple[Any, Any]
     seconds: float
+    sites: tuple[Site, ...] = ()
 
     def sizes(self, samples: int, tokens: int) -> dict[Any, int]:
         """What the graph's symbols stand for in a batch of that shape."""
@@ -69,6 +72,11 @@ class Selection:
 
     owner: str
     channels: dict[str, torch.Tensor]
+
+    @functools.cached_property
+    def sites(self) -> frozenset[str]:
+        """The names of the sites that were pruned."""
+        return frozenset(self.channels)
 
 
 @dataclass
@@ -119,20 +127,21 @@ class Runtime:
         values = _torch.placeholder_values(module)
         with _torch.graph_world(_torch.fake_mode_of(values)):
             program, _ = capture(module, self.config)
-            on_its_own = phase is None
+            code = _torch.traced_code() if phase is None else None
             phase = phase or self.step_phase(is_decoding_step(program))
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
             if phase == "reuse":
-                program.shared["selectable"] = self._selectable()
-            self._adopt(run_passes(program, _PASSES[phase]))
+                program.shared["selectable"] = self.selection_to_reuse().sites
+            self._adopt(run_passes(program, _PASSES[phase]), phase)
             rewritten = _copy(program.module)
             lowered = self._lower(program, phase)
         seconds = time.perf_counter() - start
         batch = shape_of(_stream(program))[:2]
-        self.graphs.append(GraphRecord(phase, captured, rewritten, _input_shapes(captured), batch, seconds))
+        record = GraphRecord(phase, captured, rewritten, _input_shapes(captured), batch, seconds, tuple(program.sites))
+        self.graphs.append(record)
         log.info("%s graph %d: rewritten and lowered in %.1f s", phase, len(self.graphs), seconds)
-        return GraphRunner(self, program, lowered, outputs, on_its_own=on_its_own)
+        return GraphRunner(self, program, lowered, outputs, phase, code)
 
     def step_phase(self, is_step: bool) -> Phase:
         """The phase of a call: prefill, or what the config does with a single-token step."""
@@ -143,7 +152,7 @@ class Runtime:
         """Find the sites of a graph from Dynamo without rewriting it."""
         with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
             program, _ = capture(module, self.config)
-            self._adopt(run_passes(program, ANALYSE))
+            self._adopt(run_passes(program, ANALYSE), "dense")
         return program
 
     def keep_selection(self, channels: dict[str, torch.Tensor]) -> None:
@@ -196,11 +205,8 @@ class Runtime:
         """Memory of the packed weights that decoding reads."""
         return sum(tensor.nbytes for _, _, tensors in self._packed.values() for tensor in tensors)
 
-    def _selectable(self) -> frozenset[str]:
-        return frozenset(self.selection_to_reuse().channels)
-
-    def _adopt(self, program: Program) -> None:
-        """Check and remember what the analysis found; every graph of a model must find the same sites."""
+    def _adopt(self, program: Program, phase: Phase) -> None:
+        """Check and remember what the analysis found, and tell what stays dense in this graph."""
         refused = [site for site in program.sites if site.refused]
         reasons = "\n".join(f"  {site.name}: {site.reason}" for site in refused)
         if len(refused) == len(program.sites):
@@ -212,10 +218,13 @@ class Runtime:
             )
         if refused and self.config.strict:
             raise UnsupportedModelError(f"strict=True, and these blocks can't be rewritten:\n{reasons}")
+        known = {site.name for site in self.sites or () if site.refused}
+        for site in refused:
+            if site.name not in known:
+                where = "" if self.sites is None else f" in a {phase} graph"
+                log.warning("%s stays dense%s: %s", site.name, where, site.reason)
         if self.sites is None:
             self.sites = list(program.sites)
-            for site in refused:
-                log.warning("%s stays dense: %s", site.name, site.reason)
         pruned = program.pruned_sites
         if pruned and self.config.statistics != "probe":
             with _torch.unset_fake_temporarily():
@@ -233,9 +242,9 @@ class GraphRunner:
     """Calls one lowered graph: adds the state to its inputs and takes the selection from its outputs."""
 
     def __init__(
-        self, runtime: Runtime, program: Program, lowered: Compiled, outputs: int, *, on_its_own: bool
+        self, runtime: Runtime, program: Program, lowered: Compiled, outputs: int, phase: Phase, code: Any
     ) -> None:
-        self._on_its_own = on_its_own
+        self._phase, self._code = phase, code
         self._cached = cached_input(program)
         self._runtime, self._lowered, self._outputs = runtime, lowered, outputs
         self._state_inputs = program.state_inputs
@@ -244,6 +253,7 @@ class GraphRunner:
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
         placeholders = program.placeholders()
+        self._parameter_places = {placeholders.index(node) for node in program.parameters}
         self._packing_places = [placeholders.index(node) for node in program.packing.inputs] if program.packing else []
         blocks = {name: program.analysis[name] for name in self._sites}
         self._weights = {name: (placeholders.index(block.weight), block.weight_dim) for name, block in blocks.items()}
@@ -252,19 +262,43 @@ class GraphRunner:
         self._device = _device(program)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
-        with self._runtime.lock:
-            if not self._on_its_own:
+        runtime = self._runtime
+        with runtime.lock:
+            if self._code is None:
                 return self._call(inputs)
-            self._runtime.call = self._call_from(inputs)
+            cache = cache_of(_torch.arguments_of(self._code))
+            runtime.call = self._call_from(inputs, cache)
             outputs = self._call(inputs)
-            _mark(outputs, self._runtime.call.selection or self._runtime.selection)
+            self._hand_on(runtime.call.selection or runtime.selection, cache, [*inputs, *outputs])
             return outputs
 
-    def _call_from(self, inputs: Sequence[Any]) -> Call:
-        """Without a wrapper around the model, the cache's tensors say where a call goes on and with what selection."""
-        marks = [getattr(value, SELECTION, None) for value in inputs if isinstance(value, torch.Tensor)]
+    def _call_from(self, inputs: Sequence[Any], cache: Any) -> Call:
+        """Without a wrapper around the model, the cache says where a call goes on and with what selection.
+
+        A cache that the model made itself is not seen; then the keys and values in it carry the selection.
+        """
         start = inputs[self._cached[0]].shape[self._cached[1]] if self._cached else 0
-        return Call(start, next((mark for mark in marks if mark is not None), None))
+        start = int(cache.get_seq_length()) if cache is not None else start
+        if self._phase != "reuse":
+            return Call(start)
+        marks = [getattr(value, SELECTION, None) for value in (cache, *inputs)]
+        selection = next((mark for mark in marks if mark is not None), None)
+        if selection is None:
+            raise DecodeError(
+                "this KV cache carries no selection to decode with: expected one that this model filled with a prompt "
+                "of two tokens or more, passed as an argument if it is reordered or cropped in between. Run the prompt "
+                'through this model, or use the option decode="dense" or ppgraph.transform'
+            )
+        return Call(start, selection)
+
+    def _hand_on(self, selection: Selection | None, cache: Any, values: Sequence[Any]) -> None:
+        """Let the cache, and keys and values that enter or leave the graph, carry the selection that goes with them."""
+        if selection is None or self._phase in ("dense", "calibrate"):
+            return
+        tensors = [value for place, value in enumerate(values) if place not in self._parameter_places]
+        for value in (cache, *(value for value in tensors if isinstance(value, torch.Tensor) and value.dim() == 4)):
+            if value is not None:
+                setattr(value, SELECTION, selection)
 
     def _call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         runtime = self._runtime
@@ -288,8 +322,7 @@ class GraphRunner:
             place, dim = self._weights[item.site]
             return runtime.weight_term(item.site, values[place], dim)
         if item.role == "units":
-            block = self._sites[item.site].block
-            return runtime.selection_to_reuse().channels[item.site][::block] // block
+            return self._units(item.site)
         if item.role == "packed":
             assert self._packing is not None
             needed = [values[place] for place in self._packing_places]
@@ -298,6 +331,17 @@ class GraphRunner:
             assert item.constant is not None
             self._constants[index] = item.constant.to(self._device)
         return self._constants[index]
+
+    def _units(self, site: str) -> torch.Tensor:
+        """The kept units [U'] of the selection to reuse."""
+        channels = self._runtime.selection_to_reuse().channels
+        if site not in channels:
+            raise DecodeError(
+                f"the prompt's graph left {site} dense, while this step's graph prunes it; expected graphs that agree. "
+                "Decode with ppgraph.transform, which compiles a step for each"
+            )
+        block = self._sites[site].block
+        return channels[site][::block] // block
 
     def _keep(self, results: dict[str, torch.Tensor], shape: tuple[int, int]) -> None:
         finite = results.pop("finite", None)
@@ -336,11 +380,9 @@ def cached_input(program: Program) -> tuple[int, int] | None:
     return None
 
 
-def _mark(outputs: Sequence[Any], selection: Selection | None) -> None:
-    """Let keys and values that leave a graph carry the selection that goes with them."""
-    for value in outputs:
-        if isinstance(value, torch.Tensor) and value.dim() == 4 and selection is not None:
-            setattr(value, SELECTION, selection)
+def cache_of(values: Iterable[Any]) -> Any:
+    """The KV cache among a model's arguments or outputs; None without one."""
+    return next((value for value in values if hasattr(value, "get_seq_length") and hasattr(value, "layers")), None)
 
 
 def _version(tensor: torch.Tensor) -> int:

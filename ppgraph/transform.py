@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from ppgraph.errors import (
     UnsupportedModelError,
 )
 from ppgraph.passes import Site
-from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection
+from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
 from ppgraph.state import History
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +35,7 @@ class Pruning:
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._model, self.runtime = model, runtime
-        self._compiled: dict[Phase, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Phase, frozenset[str]], Callable[..., Any]] = {}
 
     def __repr__(self) -> str:
         return f"Pruning({self.config})"
@@ -84,9 +84,9 @@ class Pruning:
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
-        cache = cache_of(arguments)
+        cache = cache_of(arguments.values())
         length = int(cache.get_seq_length()) if cache is not None else 0
-        phase = self.runtime.step_phase(length > 0 and tokens_of(arguments) == 1)
+        phase = self.runtime.step_phase(length > 0 and is_step(arguments))
         call = Call(start=_first_position(arguments, length))
         if phase == "reuse":
             call.selection = getattr(cache, SELECTION, None) or _no_selection(cache)
@@ -99,16 +99,13 @@ class Pruning:
     def run(self, phase: Phase, arguments: Mapping[str, Any], call: Call | None = None) -> Any:
         """Call the model's compiled forward of a phase."""
         with self.runtime.lock:
-            if phase not in self._compiled:
-                self._compiled[phase] = compiled_forward(self._dense_forward(), self.runtime, phase)
             self.runtime.call = call or Call()
+            # Graphs of prompts may disagree on what can be pruned; a step needs a graph for what its prompt pruned.
+            key = (phase, self.runtime.selection_to_reuse().sites if phase == "reuse" else frozenset())
+            if key not in self._compiled:
+                self._compiled[key] = compiled_forward(self._dense_forward(), self.runtime, phase)
             with torch.no_grad(), _torch.dynamo_settings():
-                try:
-                    return self._compiled[phase](**arguments)
-                except _torch.BackendCompilerFailed as error:
-                    if isinstance(error.inner_exception, PPGraphError):
-                        raise error.inner_exception from None
-                    raise
+                return self._compiled[key](**arguments)
 
     def _dense_forward(self) -> Callable[..., Any]:
         return types.MethodType(type(self._model).forward, self._model)
@@ -141,10 +138,28 @@ def transform(
     twin = copy.copy(model)
     for registry in ("_modules", "_parameters", "_buffers"):
         twin.__dict__[registry] = dict(model.__dict__[registry])
+    for compiled in COMPILED_BEFORE:
+        twin.__dict__.pop(compiled, None)
     pruning = Pruning(twin, Runtime(config, kind, options))
     twin.__dict__["ppgraph"] = pruning
     twin.__dict__["forward"] = PrunedForward(twin, pruning)
+    twin.__dict__["get_compiled_call"] = OwnCall(twin)
     return twin
+
+
+# What a model was compiled to before it was transformed would run in place of the pruned forward: by this backend, by
+# `model.compile`, and by `generate` of transformers with a static cache.
+COMPILED_BEFORE = ("ppgraph_variants", "_compiled_call_impl", "_compiled_call", "_last_compile_config")
+
+
+class OwnCall:
+    """Stands for `get_compiled_call`, by which transformers compiles decoding itself: a pruned model is compiled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, compile_config: object = None) -> Callable[..., Any]:
+        return self.model.__call__
 
 
 class PrunedForward:
@@ -168,12 +183,15 @@ class PrunedForward:
         return self.pruning.forward(arguments)
 
 
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The KV cache among a model's arguments or outputs; None without one."""
-    for value in values.values():
-        if hasattr(value, "get_seq_length") and hasattr(value, "layers"):
-            return value
-    return None
+def is_step(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call that goes on from a cache is a step of decoding, which keeps to the prompt's selection.
+
+    That is one new token, or drafted ones that are to be verified: `generate` with an assistant, or with prompt lookup,
+    asks for the logits of each new token, and for the last one's only when it runs a prompt.
+    """
+    tokens = tokens_of(arguments)
+    asked = arguments.get("logits_to_keep")
+    return tokens == 1 or (isinstance(asked, int) and asked == tokens)
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> int:
@@ -193,11 +211,10 @@ def _first_position(arguments: Mapping[str, Any], cached: int) -> int:
     return max(cached - int(first_real), 0)
 
 
-def _items(output: Any) -> Mapping[str, Any]:
+def _items(output: Any) -> Iterable[Any]:
     if isinstance(output, Mapping):
-        return output
-    values = output if isinstance(output, (tuple, list)) else [output]
-    return {str(place): value for place, value in enumerate(values)}
+        return output.values()
+    return output if isinstance(output, (tuple, list)) else [output]
 
 
 def _attach(cache: Any, selection: Selection | None) -> None:
@@ -300,8 +317,9 @@ def compiled_forward(dense: Callable[..., Any], runtime: Runtime, phase: Phase) 
         return dense(**kwargs)
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        require_eval_mode(dense.__self__)  # type: ignore[attr-defined]
-        return runtime.compile(module, phase)
+        with _torch.passing_errors(PPGraphError):
+            require_eval_mode(dense.__self__)  # type: ignore[attr-defined]
+            return runtime.compile(module, phase)
 
     own = _torch.fresh_function(forward)  # type: ignore[arg-type]
     compiled: Callable[..., Any] = torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
@@ -318,7 +336,8 @@ def analyse(model: nn.Module, dense: Callable[..., Any], runtime: Runtime) -> No
     ids = torch.zeros(2, 4, dtype=torch.long, device=device)
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        runtime.analyse(module)
+        with _torch.passing_errors(PPGraphError):
+            runtime.analyse(module)
         raise _Analysed
 
     def forward(**kwargs: Any) -> Any:
@@ -329,8 +348,6 @@ def analyse(model: nn.Module, dense: Callable[..., Any], runtime: Runtime) -> No
         try:
             capturing(input_ids=ids, use_cache=False)
         except _torch.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, PPGraphError):
-                raise error.inner_exception from None
             if not isinstance(error.inner_exception, _Analysed):
                 raise CaptureError(f"the model did not come through as one graph: {error}") from error
 

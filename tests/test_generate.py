@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ppgraph
 from ppgraph.errors import DecodeError
-from ppgraph.transform import cache_of
+from ppgraph.runtime import cache_of
 from tests.reference import masked_dense_logits
 
 NEW_TOKENS = 8
@@ -44,7 +44,7 @@ def cached(cache: object) -> dict[str, object]:
 
 
 def cache_in(output: Mapping[str, object]) -> object:
-    return cache_of(output)
+    return cache_of(output.values())
 
 
 def prompts(samples: int, length: int, *, padded: bool) -> dict[str, torch.Tensor]:

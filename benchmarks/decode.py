@@ -1,0 +1,134 @@
+"""Decode speed of Probe Pruning on a LLaMA of any shape: single-token steps through a KV cache, `decode="reuse"`.
+
+Three variants of one random model run in turns, each with its decoding compiled and its cache filled by the same
+prompt:
+
+- dense: the model as it is;
+- static: a model whose layers have the kept widths from the start: the limit;
+- ppgraph: the dense model, transformed: a step reads the weights that the prompt's selection packed. Keys and values
+  stay whole in its cache, so that a later prompt may choose otherwise; those of static are as narrow as its layers.
+
+A round fills the cache anew, untimed, and then times `--steps` greedy steps.
+
+    python benchmarks/decode.py --batch 4 --cache dynamic --json benchmarks/results/decode.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Timing, alternate, header, machine, write_json
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from variants import DTYPES, add_arguments, dense_model, first_calls, prune_config, results, static_model
+
+import ppgraph
+
+WARM_UP_ROUNDS = 2
+# The name of the model's argument has changed with transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; the defaults are the shape that the project's speed is stated for."""
+    parser = argparse.ArgumentParser(
+        description="Time compiled dense, static and pruned decoding of a random LLaMA, in turns.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_arguments(parser, batch=1, repeats=15)
+    parser.add_argument("--steps", type=int, default=32, help="tokens a sample and round")
+    parser.add_argument("--cache", choices=("static", "dynamic"), default="static", help="kind of KV cache")
+    return parser.parse_args(arguments)
+
+
+class Decoding:
+    """Greedy decoding of one model: `fill` runs the prompt, each call then decodes `steps` tokens a sample."""
+
+    def __init__(self, args: argparse.Namespace, prefill: Any, decode: Callable[..., Any], prompt: Tensor) -> None:
+        self.args, self.prefill, self.decode, self.prompt = args, prefill, decode, prompt
+        self.cache: Any = None
+        self.token = prompt[:, :1]
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """A new cache that holds the prompt."""
+        length = self.args.length + self.args.steps
+        config = self.prefill.config
+        self.cache = StaticCache(config, max_cache_len=length) if self.args.cache == "static" else DynamicCache()
+        output = self.prefill(self.prompt, logits_to_keep=1, **{CACHE: self.cache})
+        self.token = output.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for _ in range(self.args.steps):
+            self.token = self.decode(self.token, **{CACHE: self.cache}).logits[:, -1:].argmax(-1)
+
+
+def main(arguments: list[str]) -> None:
+    """Build the variants, time them, print the table."""
+    args = parse(arguments)
+    described = machine()
+    print(header(described, args.device, DTYPES[args.dtype]))
+
+    decodings = all_decodings(args)
+    with tempfile.TemporaryDirectory(prefix="ppgraph-bench-", ignore_cleanup_errors=True) as caches:
+        first_ms = first_calls({name: first_round(each) for name, each in decodings.items()}, Path(caches))
+        prepare = {name: each.fill for name, each in decodings.items()}
+        alternate(decodings, range(WARM_UP_ROUNDS), prepare)
+        timings = alternate(decodings, tqdm(range(args.repeats), desc="rounds", file=sys.stderr), prepare)
+    print(table(timings, first_ms, tokens=args.batch * args.steps, steps=args.steps))
+    print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
+    if args.json:
+        write_json(args.json, results(args, described, timings, first_ms))
+
+
+def all_decodings(args: argparse.Namespace) -> dict[str, Decoding]:
+    """The three variants with one prompt of random tokens, not compiled yet."""
+    dense = dense_model(args, args.device, "sdpa")
+    config = prune_config(args)
+    static, pruned = static_model(dense, config), ppgraph.transform(dense, config)
+    prompt = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
+    return {
+        "dense": Decoding(args, dense, torch.compile(dense), prompt),
+        "static": Decoding(args, static, torch.compile(static), prompt),
+        "ppgraph": Decoding(args, pruned, pruned, prompt),
+    }
+
+
+def first_round(decoding: Decoding) -> Callable[[], None]:
+    """Prompt and steps, compilation included."""
+
+    def call() -> None:
+        decoding.fill()
+        decoding()
+
+    return call
+
+
+def table(timings: dict[str, Timing], first_ms: dict[str, float], tokens: int, steps: int) -> str:
+    """One row a variant."""
+    rows = [
+        {
+            "variant": name,
+            "ms a step": timing.median_ms / steps,
+            "spread ms": timing.spread_ms / steps,
+            "tokens/s": tokens / timing.median_ms * 1000,
+            "speedup": timings["dense"].median_ms / timing.median_ms,
+            "first round s": first_ms[name] / 1000,
+        }
+        for name, timing in timings.items()
+    ]
+    return tabulate(rows, headers="keys", floatfmt=("", ".3f", ".3f", ".1f", ".3f", ".1f"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

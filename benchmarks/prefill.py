@@ -17,27 +17,30 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, alternate, header, machine, time_ms, write_json
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import ppgraph
 from ppgraph.config import kept_channels, kept_heads, layer_ratio
+from ppgraph.inspect.timing import (
+    Timing,
+    compile_and_time,
+    header,
+    machine,
+    timing_table,
+    timings_to_dict,
+    write_json,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WARM_UP_ROUNDS = 2
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -75,11 +78,8 @@ def main(arguments: list[str]) -> None:
     config = prune_config(args)
     flops = count_flops(args, config)
     calls = compiled_calls(args, config)
-    with tempfile.TemporaryDirectory(prefix="ppgraph-bench-", ignore_cleanup_errors=True) as caches:
-        first_ms = first_calls(calls, Path(caches))
-        alternate(calls, range(WARM_UP_ROUNDS))
-        timings = alternate(calls, tqdm(range(args.repeats), desc="rounds", file=sys.stderr))
-    print(table(timings, first_ms, flops, tokens=args.batch * args.length))
+    first_ms, timings = compile_and_time(calls, args.repeats)
+    print(timing_table(timings, first_ms, flops, tokens=args.batch * args.length))
     print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
     print(f"probe: {flops['probe'] / flops['dense']:.2%} of the dense FLOPs")
     if args.json:
@@ -198,17 +198,6 @@ def compiled_calls(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dic
     }
 
 
-def first_calls(calls: dict[str, Callable[[], object]], caches: Path) -> dict[str, float]:
-    """Milliseconds of each variant's first call, compilation included, each with an empty cache."""
-    torch.compile(lambda x: x.sin())(torch.ones(8))  # what loads once a process must not count as dense's
-    first_ms = {}
-    for name, call in calls.items():
-        print(f"compiling {name} ...", file=sys.stderr)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / name)
-        first_ms[name] = time_ms(call)
-    return first_ms
-
-
 def count_flops(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dict[str, int]:
     """FLOPs of one batch: dense, static, the probe, and static with the probe ("ppgraph").
 
@@ -243,23 +232,6 @@ def module_flops(model: LlamaForCausalLM, samples: int, tokens: int) -> dict[str
     return {name.removeprefix(prefix): total for name, total in counts.items()} | {"": counter.get_total_flops()}
 
 
-def table(timings: dict[str, Timing], first_ms: dict[str, float], flops: dict[str, int], tokens: int) -> str:
-    """One row a variant."""
-    rows = [
-        {
-            "variant": name,
-            "median ms": timing.median_ms,
-            "spread ms": timing.spread_ms,
-            "tokens/s": tokens / timing.median_ms * 1000,
-            "speedup": timings["dense"].median_ms / timing.median_ms,
-            "first call s": first_ms[name] / 1000,
-            "GFLOP": flops[name] / 1e9,
-        }
-        for name, timing in timings.items()
-    ]
-    return tabulate(rows, headers="keys", floatfmt=("", ".2f", ".2f", ".0f", ".3f", ".1f", ".1f"))
-
-
 def results(
     args: argparse.Namespace,
     described: dict[str, Any],
@@ -272,15 +244,7 @@ def results(
         "machine": described,
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
         "flops": flops,
-        "variants": {
-            name: {
-                "median_ms": timing.median_ms,
-                "spread_ms": timing.spread_ms,
-                "first_call_ms": first_ms[name],
-                "times_ms": timing.times_ms,
-            }
-            for name, timing in timings.items()
-        },
+        "variants": timings_to_dict(timings, first_ms),
     }
 
 

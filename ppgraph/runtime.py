@@ -18,6 +18,7 @@ from ppgraph import _torch
 from ppgraph.capture import capture
 from ppgraph.config import PruneConfig
 from ppgraph.errors import DecodeError, NonFiniteError, NothingToPruneError, UnsupportedModelError
+from ppgraph.inspect.dump import observers
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
@@ -122,6 +123,7 @@ class Runtime:
             program, _ = capture(module, self.config)
             on_its_own = phase is None
             phase = phase or self.step_phase(is_decoding_step(program))
+            program.observer = observers(phase)
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
             if phase == "reuse":

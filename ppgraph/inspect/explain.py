@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
 from ppgraph.errors import PPGraphError
+from ppgraph.inspect.dump import observers
 from ppgraph.inspect.flops import (
     Sizes,
     Work,
@@ -24,9 +25,9 @@ from ppgraph.inspect.flops import (
     uncounted_products,
 )
 from ppgraph.inspect.rates import Rates, break_even_samples, predicted_speedup
-from ppgraph.inspect.report import flops_totals, site_columns, site_to_dict, status_columns, title, uncounted_note
+from ppgraph.inspect.report import flops_totals, site_columns, status_columns, title, uncounted_note
 from ppgraph.inspect.tables import Column, Table, binary_prefix, count, decimal_prefix, number, size, why_dense
-from ppgraph.passes import PRUNE, Program, Site, run_passes
+from ppgraph.passes import PRUNE, PassResult, Program, Site, run_passes
 from ppgraph.passes.find_sites import Ancestry, Block
 from ppgraph.passes.operators import is_product
 from ppgraph.runtime import Phase, Runtime
@@ -57,7 +58,7 @@ class SiteCost:
 
     def to_dict(self) -> dict[str, Any]:
         """The site's public fields, `flops` and `weight_bytes`."""
-        return site_to_dict(self.site) | {
+        return self.site.to_dict() | {
             "flops": self.flops.to_dict() if self.flops else None,
             "weight_bytes": self.weights.to_dict() if self.weights else None,
         }
@@ -226,6 +227,7 @@ def _explanation(module: GraphModule, runtime: Runtime) -> Explanation:
     uncounted = uncounted_products(program.graph.nodes)
     dense = _measure(program, sizes)
     with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
+        _watch(program)
         run_passes(program, [step for step in PRUNE if step.name not in program.applied])
     pruned = _measure(program, sizes)
     return Explanation(
@@ -238,6 +240,15 @@ def _explanation(module: GraphModule, runtime: Runtime) -> Explanation:
         uncounted=uncounted,
         rates=None,
     )
+
+
+def _watch(program: Program) -> None:
+    """Let graph dumps see the rewriting; what is analysed by now they see as it stands."""
+    program.observer = observers("explain")
+    if program.observer is not None:
+        program.observer(program, "captured", PassResult(), 0.0)
+        refused = [f"{site.name}: {site.reason}" for site in program.sites if site.refused]
+        program.observer(program, "find_sites", PassResult(refused=refused), 0.0)
 
 
 @dataclass(frozen=True)

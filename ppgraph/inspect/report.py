@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,7 +116,7 @@ class Report:
         cost = self.cost
         return {
             "config": self.config.to_dict(),
-            "sites": [site_to_dict(site) for site in self.sites],
+            "sites": [site.to_dict() for site in self.sites],
             "batch": list(cost.batch) if cost else None,
             "flops": cost.flops.to_dict() if cost else {"dense": None, "probe": None, "pruned": None},
             "uncounted": cost.uncounted if cost else {},
@@ -174,13 +173,6 @@ class Report:
             ("recompiles", str(self.recompiles)),
             ("compilation", f"{seconds:.1f} s"),
         ]
-
-
-def site_to_dict(site: Site) -> dict[str, Any]:
-    """A site's public fields as JSON-ready values."""
-    fields = dataclasses.asdict(site)
-    del fields["refused"]
-    return fields | {"entry": list(site.entry), "exit": list(site.exit)}
 
 
 def title(config: PruneConfig, sites: tuple[Site, ...]) -> str:

@@ -24,6 +24,7 @@ from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
 from ppgraph.scores import SCORES
+from ppgraph.selections import SelectionStatistics
 from ppgraph.state import History
 
 log = logging.getLogger("ppgraph")
@@ -100,6 +101,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.history = History(self.config)
+        self.statistics = SelectionStatistics()
         self.lock = threading.RLock()
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
@@ -313,6 +315,7 @@ class GraphRunner:
         self._runtime.last_shape = shape
         if results:
             self._runtime.keep_selection(results)
+            self._runtime.statistics.add(results, self._runtime.sites or [])
 
 
 def is_decoding_step(program: Program) -> bool:

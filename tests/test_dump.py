@@ -110,6 +110,7 @@ def test_page_data_tells_the_history_of_every_node(dumped: Path) -> None:
     for number, stage in enumerate(stages):
         alive = {node for node, item in enumerate(nodes) if item["born"] <= number < (item["died"] or 99)}
         assert set(stage["order"]) == alive
+    assert not any("= None" in code or "inserted by" in code for node in nodes for _, code in node["code"])
     gone = [node for node in nodes if node["died"] is not None and node["author"] is None]
     assert {stages[node["died"]]["name"] for node in gone} == {"select_weights", "attach_results"}
     assert {node["layer"] for node in nodes} == {None, 0, 1}

@@ -36,8 +36,8 @@ log = logging.getLogger("ppgraph")
 
 VARIABLE = "PPGRAPH_DUMP"
 PAGE = "index.html"
-# print_readable's line for a node, and the deletions that it puts behind it.
-LINE = re.compile(r"^ +(\w+)(?:: \"([^\"]*)\")? = (.*?)(;  [\w =]+ = None)?$")
+# print_readable's line for a node, what it deletes behind it, and what `readable` adds.
+LINE = re.compile(r"^ +(\w+)(?:: \"[^\"]*\")? = (.*?)(?:;  [\w =]+ = None)?(?:  # inserted by \w+)?$")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class GraphDump:
     def _record(self, program: Program, text: str) -> tuple[int, int]:
         """Take over the graph as it is now; return how many nodes came and went."""
         stage = len(self.stages)
-        lines = {match[1]: match[3] for match in map(LINE.match, text.splitlines()) if match}
+        lines = {match[1]: match[2] for match in map(LINE.match, text.splitlines()) if match}
         layers = layers_of(program)
         now = [node for node in program.graph.nodes if node.op != "output"]
         for node in now:

@@ -345,6 +345,12 @@ def require_causal_lm(model: object) -> None:
         )
     if model.training:
         raise UnsupportedModelError(f"{type(model).__name__} is in training mode; call .eval() before transform")
+    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
+    if len(places) > 1 or "disk" in places:
+        raise UnsupportedModelError(
+            f"accelerate has spread this model over {', '.join(places)}, and moves it with hooks that a captured graph "
+            "does not have; expected one device: load it with device_map={'': device}"
+        )
 
 
 def _lowering(lowering: object) -> tuple[str, Mapping[str, Any]]:

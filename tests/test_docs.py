@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_python_blocks_run(page: Path, names: dict[str, Any]) -> None:
     for line, source in blocks(page):
         code = compile("\n" * line + source, str(page), "exec")  # a failure shows the page's own line
         exec(code, names)  # noqa: S102
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_notebook_runs() -> None:
+    notebook = json.loads((ROOT / "examples" / "inspect.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # noqa: S102
+    assert names["report"].selections[0].batches == 4
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -179,7 +179,11 @@ class Report:
     def _table(self) -> Table:
         return Table(
             title=title(self.config, self.sites),
-            columns=[*site_columns(self.sites), *self._selection_columns(), *status_columns(self.sites)],
+            columns=[
+                *site_columns(self.sites),
+                *self._selection_columns(),
+                *status_columns(self.sites, html_only=True),
+            ],
             totals=[*self._cost_totals(), *self._memory_totals(), *self._graph_totals(), *self._selection_totals()],
             notes=[*why_dense(self.sites), *(uncounted_note(self.cost.uncounted) if self.cost else ())],
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tabulate import tabulate
+from tabulate import MIN_PADDING, tabulate
 
 from ppgraph.passes import Site
 
@@ -35,8 +35,9 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters of the widest cell or line of the header."""
-        return max(map(len, (*self.header.split("\n"), *self.cells)))
+        """Characters of the widest cell, or of the header's widest line, to which tabulate adds `MIN_PADDING`."""
+        header = max(map(len, self.header.split("\n"))) + MIN_PADDING
+        return max(header, *map(len, self.cells)) if self.cells else header
 
     def cut_to(self, width: int) -> Column:
         """The same column with no cell wider than `width` characters."""

@@ -163,7 +163,7 @@ class Explanation:
         samples, tokens = self.break_even_samples, self.batch[1]
         return [
             ("speedup", f"about {self.predicted_speedup:.2f} predicted ({measured}); {limit}"),
-            ("break-even", f"{samples} samples of {tokens} tokens" if samples else "at no batch of this length"),
+            ("break-even", f"from {samples} x {tokens} tokens on" if samples else "at no batch of this length"),
         ]
 
 

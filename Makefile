@@ -26,7 +26,7 @@ format: $(READY)
 	@$(BIN)/ruff format --quiet .
 
 demo: $(READY)
-	@$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
+	@$(BIN)/ppgraph demo $(DEMO_ARGS)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)

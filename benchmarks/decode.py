@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, alternate, header, machine, write_json
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
-from variants import DTYPES, add_arguments, dense_model, first_calls, prune_config, results, static_model
+from variants import DTYPES, add_arguments, dense_model, prune_config, results, static_model
 
 import ppgraph
+from ppgraph.inspect.timing import Timing, alternate, first_calls, header, machine, write_json
 
 WARM_UP_ROUNDS = 2
 # The name of the model's argument has changed with transformers 5.24.

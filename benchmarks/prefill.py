@@ -17,22 +17,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, alternate, header, machine, write_json
-from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
-from variants import DTYPES, add_arguments, dense_model, first_calls, prune_config, results, static_model
+from variants import DTYPES, add_arguments, dense_model, prune_config, results, static_model
 
 import ppgraph
-
-WARM_UP_ROUNDS = 2
+from ppgraph.inspect.timing import compile_and_time, header, machine, timing_table, write_json
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -54,11 +48,8 @@ def main(arguments: list[str]) -> None:
     config = prune_config(args)
     flops = count_flops(args, config)
     calls = compiled_calls(args, config)
-    with tempfile.TemporaryDirectory(prefix="ppgraph-bench-", ignore_cleanup_errors=True) as caches:
-        first_ms = first_calls(calls, Path(caches))
-        alternate(calls, range(WARM_UP_ROUNDS))
-        timings = alternate(calls, tqdm(range(args.repeats), desc="rounds", file=sys.stderr))
-    print(table(timings, first_ms, flops, tokens=args.batch * args.length))
+    first_ms, timings = compile_and_time(calls, args.repeats)
+    print(timing_table(timings, first_ms, flops, tokens=args.batch * args.length))
     print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
     print(f"probe: {flops['probe'] / flops['dense']:.2%} of the dense FLOPs")
     if args.json:
@@ -112,23 +103,6 @@ def module_flops(model: LlamaForCausalLM, samples: int, tokens: int) -> dict[str
     prefix = f"{type(model).__name__}.model."
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     return {name.removeprefix(prefix): total for name, total in counts.items()} | {"": counter.get_total_flops()}
-
-
-def table(timings: dict[str, Timing], first_ms: dict[str, float], flops: dict[str, int], tokens: int) -> str:
-    """One row a variant."""
-    rows = [
-        {
-            "variant": name,
-            "median ms": timing.median_ms,
-            "spread ms": timing.spread_ms,
-            "tokens/s": tokens / timing.median_ms * 1000,
-            "speedup": timings["dense"].median_ms / timing.median_ms,
-            "first call s": first_ms[name] / 1000,
-            "GFLOP": flops[name] / 1e9,
-        }
-        for name, timing in timings.items()
-    ]
-    return tabulate(rows, headers="keys", floatfmt=("", ".2f", ".2f", ".0f", ".3f", ".1f", ".1f"))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, time_ms
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import ppgraph
 from ppgraph.config import kept_channels, kept_heads, layer_ratio
+from ppgraph.inspect.timing import Timing, timings_to_dict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,17 +138,6 @@ def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | No
     return result
 
 
-def first_calls(calls: dict[str, Callable[[], object]], caches: Path) -> dict[str, float]:
-    """Milliseconds of each variant's first call, compilation included, each with an empty cache."""
-    torch.compile(lambda x: x.sin())(torch.ones(8))  # what loads once a process must not count as dense's
-    first_ms = {}
-    for name, call in calls.items():
-        print(f"compiling {name} ...", file=sys.stderr)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / name)
-        first_ms[name] = time_ms(call)
-    return first_ms
-
-
 def results(
     args: argparse.Namespace,
     described: Mapping[str, Any],
@@ -163,13 +150,5 @@ def results(
         "machine": described,
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
         **more,
-        "variants": {
-            name: {
-                "median_ms": timing.median_ms,
-                "spread_ms": timing.spread_ms,
-                "first_call_ms": first_ms[name],
-                "times_ms": timing.times_ms,
-            }
-            for name, timing in timings.items()
-        },
+        "variants": timings_to_dict(timings, first_ms),
     }

@@ -6,6 +6,7 @@ through a `Builder`, and gives back a `PassResult`. All nodes carry their fake v
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -52,6 +53,12 @@ class Site:
     reason: str = ""
     refused: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """The public fields and `units` as JSON-ready values."""
+        fields = dataclasses.asdict(self)
+        del fields["refused"]
+        return fields | {"entry": list(self.entry), "exit": list(self.exit)}
+
     @property
     def block(self) -> int:
         """Channels of one unit: the head size, or 1."""
@@ -85,6 +92,15 @@ class Packing:
     inputs: list[Node]
 
 
+class Observer(Protocol):
+    """Is shown a program as it was captured (`stage` "captured") and after each stage, with what that changed.
+
+    It changes nothing. `elapsed_ms` is what the stage took.
+    """
+
+    def __call__(self, program: Program, stage: str, outcome: PassResult, elapsed_ms: float) -> None: ...
+
+
 @dataclass
 class Program:
     """One captured graph on its way through the passes.
@@ -104,6 +120,7 @@ class Program:
     shared: dict[Any, Any] = field(default_factory=dict)
     packing: Packing | None = None
     cuts: set[Node] = field(default_factory=set)
+    observer: Observer | None = None
 
     @property
     def graph(self) -> Graph:
@@ -191,7 +208,9 @@ class Builder:
             node = self.program.graph.call_function(target, args, kwargs)
         value_args, value_kwargs = torch.fx.map_arg((args, kwargs), lambda used: used.meta["val"])
         node.meta["val"] = self._value(target, value_args, value_kwargs)
-        node.meta["stack_trace"] = self.anchor.meta.get("stack_trace", "")
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
         node.meta["ppgraph_pass"] = self.author
         self.inserted += 1
         return node

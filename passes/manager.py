@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ppgraph.errors import GraphError
-from ppgraph.passes.base import Pass, Program
+from ppgraph.passes.base import Pass, PassResult, Program
 from ppgraph.passes.verify import verify
 
 log = logging.getLogger("ppgraph.passes")
@@ -19,6 +19,9 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
     Raises:
         GraphError: a pass ran before, what it requires did not run, or it left an illegal graph.
     """
+    observe = program.observer or _nobody
+    if not program.applied:
+        observe(program, "captured", PassResult(), 0.0)
     for step in passes:
         _check_order(program, step)
         start = time.perf_counter()
@@ -35,8 +38,15 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
         )
         for refusal in outcome.refused:
             log.info("%s refused %s", step.name, refusal)
+        observe(program, step.name, outcome, elapsed_ms)
+    start = time.perf_counter()
     _attach_results(program)
+    observe(program, "attach_results", PassResult(), 1e3 * (time.perf_counter() - start))
     return program
+
+
+def _nobody(program: Program, stage: str, outcome: PassResult, elapsed_ms: float) -> None:
+    """The observer of a program that has none."""
 
 
 def _check_order(program: Program, step: Pass) -> None:

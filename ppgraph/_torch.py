@@ -25,9 +25,11 @@ from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "arguments_of",
     "call_on_fakes",
     "compiled_with",
+    "dtype_abbrs",
     "dynamo_settings",
     "expression",
     "fake_mode_of",
@@ -44,6 +47,7 @@ __all__ = [
     "graphs_left",
     "inductor_options",
     "lower_with_inductor",
+    "module_path",
     "passing_errors",
     "placeholder_source",
     "placeholder_values",
@@ -51,6 +55,7 @@ __all__ = [
     "source_argument",
     "source_parameter",
     "to_aten",
+    "trace_artifact",
     "traced_code",
     "traced_module",
     "unset_fake_temporarily",
@@ -99,10 +104,18 @@ def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
 
 
 def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
-    """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`."""
-    traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
-    assert isinstance(traced, GraphModule)
-    return traced
+    """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`.
+
+    Each node keeps the stack trace of the model's source line and the modules that it stands in.
+    """
+    interpreter = torch.fx.Interpreter(module)
+
+    def captured(*inputs: Any) -> Any:
+        return interpreter.run(*inputs)
+
+    with torch.fx.traceback.preserve_node_meta():
+        traced = make_fx(captured, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    return GraphModule(traced, traced.graph, class_name="Captured")  # make_fx names it "<lambda>", which is no Python
 
 
 def inductor_options() -> frozenset[str]:
@@ -119,6 +132,18 @@ def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) 
         compiled = compile_fx(module, values, config_patches=dict(options) if options else None)
     assert callable(compiled)
     return compiled
+
+
+def module_path(node: Node) -> str:
+    """The innermost module that a captured node stands in, as a dotted path in the model; empty when unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
+    return re.sub(r"^L(\[[^\]]*\])*(\.__self__)?\.?", "", path)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Hand a text to `TORCH_TRACE`, where tlparse shows it beside Dynamo's and Inductor's; free without that."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def placeholder_source(node: Node) -> str:

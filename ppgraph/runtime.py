@@ -19,12 +19,14 @@ from ppgraph import _torch
 from ppgraph.capture import capture
 from ppgraph.config import PruneConfig
 from ppgraph.errors import DecodeError, NonFiniteError, NothingToPruneError, UnsupportedModelError
+from ppgraph.inspect.dump import observers
 from ppgraph.lowering import Compiled, lower
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
 from ppgraph.scores import SCORES
+from ppgraph.selections import SelectionStatistics
 from ppgraph.state import History
 
 log = logging.getLogger("ppgraph")
@@ -106,6 +108,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.history = History(self.config)
+        self.statistics = SelectionStatistics()
         self.lock = threading.RLock()
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
@@ -129,6 +132,7 @@ class Runtime:
             program, _ = capture(module, self.config)
             code = _torch.traced_code() if phase is None else None
             phase = phase or self.step_phase(is_decoding_step(program))
+            program.observer = observers(phase)
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
             if phase == "reuse":
@@ -355,6 +359,7 @@ class GraphRunner:
         self._runtime.last_shape = shape
         if results:
             self._runtime.keep_selection(results)
+            self._runtime.statistics.add(results, self._runtime.sites or [])
 
 
 def is_decoding_step(program: Program) -> bool:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +24,11 @@ from ppgraph.errors import (
 )
 from ppgraph.passes import Site
 from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
+from ppgraph.selections import jaccard
 from ppgraph.state import History
+
+if TYPE_CHECKING:
+    from ppgraph.inspect.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 Lowering = Literal["inductor", "eager"]
@@ -76,11 +80,48 @@ class Pruning:
         """{site name: kept channels of the exit linear's input} of the last batch, ascending int64."""
         return dict(self.runtime.selection.channels) if self.runtime.selection else {}
 
-    def report(self) -> Any:
-        """Sites, widths, FLOPs, graphs and memory; `str()` gives a table."""
+    def report(self, full_batch: Mapping[str, Any] | None = None) -> Report:
+        """Sites, widths, FLOPs, graphs, memory and how selections behave; `str()` gives a table, `plot()` a figure.
+
+        Args:
+            full_batch: Model inputs for which to compare what this model chooses with what probing all samples and
+                tokens would choose. Both run uncompiled, on copies of the state: nothing is remembered of it.
+        """
         from ppgraph.inspect.report import Report
 
-        return Report.of(self)
+        return Report.of(self, full_batch)
+
+    def full_batch_overlap(self, inputs: Mapping[str, Any]) -> dict[str, float]:
+        """{site name: Jaccard overlap of what this model chooses for a batch with what probing all of it would choose}.
+
+        The batch runs twice, uncompiled and without a cache, and leaves nothing behind.
+        """
+        check_inputs(self._model, inputs)
+        everything = self.config.replace(
+            method="pp",
+            score=self.config.score,
+            statistics="probe",
+            probe_batch=1.0,
+            probe_tokens=1.0,
+            history_momentum=1.0,
+        )
+        choices = []
+        for config in (self.config, everything):
+            trial = Pruning(self._model, Runtime(config, "eager"))
+            trial.runtime.history = copy.deepcopy(self.history)
+            trial.run("prefill", {**inputs, "use_cache": False})
+            choices.append(trial.selection())
+        return {name: jaccard(kept, choices[1][name]) for name, kept in choices[0].items()}
+
+    def extra_repr(self) -> str:
+        """What `print(pruned)` says below the model's class: what each block keeps. It captures nothing by itself."""
+        from ppgraph.inspect.tables import block_lines
+
+        sites = self.runtime.sites
+        lines = block_lines(sites) if sites else ["not captured yet: the first call or .ppgraph.sites tells the blocks"]
+        title = f"pruned by ppgraph: method={self.config.method!r}, ratio={self.config.ratio:g}"
+        own = type(self._model).extra_repr(self._model)
+        return "\n".join([*([own] if own else []), title, *(f"  {line}" for line in lines)])
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
@@ -144,6 +185,7 @@ def transform(
     twin.__dict__["ppgraph"] = pruning
     twin.__dict__["forward"] = PrunedForward(twin, pruning)
     twin.__dict__["get_compiled_call"] = OwnCall(twin)
+    twin.__dict__["extra_repr"] = pruning.extra_repr
     return twin
 
 
@@ -368,6 +410,12 @@ def require_causal_lm(model: object) -> None:
             "config, generate and an output embedding, such as AutoModelForCausalLM gives)"
         )
     require_eval_mode(model)
+    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
+    if len(places) > 1 or "disk" in places:
+        raise UnsupportedModelError(
+            f"accelerate has spread this model over {', '.join(places)}, and moves it with hooks that a captured graph "
+            "does not have; expected one device: load it with device_map={'': device}"
+        )
 
 
 def require_eval_mode(model: nn.Module) -> None:

@@ -1,6 +1,1 @@
-"""Looking into it: what pruning would do to a model (`explain`), and what it did (`Report`)."""
-
-from ppgraph.inspect.explain import Explanation, explain
-from ppgraph.inspect.report import Report
-
-__all__ = ["Explanation", "Report", "explain"]
+"""Looking into it: what pruning would do to a model (`explain`), what it did (`Report`), and each graph (`dump`)."""

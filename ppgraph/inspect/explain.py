@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
 from ppgraph.errors import PPGraphError
+from ppgraph.inspect.dump import observers
 from ppgraph.inspect.flops import (
     Sizes,
     Work,
@@ -23,9 +24,10 @@ from ppgraph.inspect.flops import (
     count_weight_bytes,
     uncounted_products,
 )
-from ppgraph.inspect.report import flops_totals, site_columns, site_to_dict, status_columns, title, uncounted_note
-from ppgraph.inspect.tables import Column, Table, binary_prefix, decimal_prefix, number, size, why_dense
-from ppgraph.passes import PRUNE, Program, Site, run_passes
+from ppgraph.inspect.rates import Rates, break_even_samples, predicted_speedup
+from ppgraph.inspect.report import flops_totals, site_columns, status_columns, title, uncounted_note
+from ppgraph.inspect.tables import Column, Table, binary_prefix, count, decimal_prefix, number, size, why_dense
+from ppgraph.passes import PRUNE, PassResult, Program, Site, run_passes
 from ppgraph.passes.find_sites import Ancestry, Block
 from ppgraph.passes.operators import is_product
 from ppgraph.runtime import Phase, Runtime
@@ -56,7 +58,7 @@ class SiteCost:
 
     def to_dict(self) -> dict[str, Any]:
         """The site's public fields, `flops` and `weight_bytes`."""
-        return site_to_dict(self.site) | {
+        return self.site.to_dict() | {
             "flops": self.flops.to_dict() if self.flops else None,
             "weight_bytes": self.weights.to_dict() if self.weights else None,
         }
@@ -67,7 +69,8 @@ class Explanation:
     """What `explain` gives: `str()` is a table, `to_dict()` all of it, HTML shows in notebooks.
 
     `flops`, `weights` and `gathered_bytes` are of the whole model on one prefill of `batch` = [samples, tokens].
-    `uncounted` names products that the FLOPs leave out because nobody said what they cost.
+    `uncounted` names products that the FLOPs leave out because nobody said what they cost. `rates` are those measured
+    on the model's device; None on one that runs nothing ("meta").
     """
 
     config: PruneConfig
@@ -77,6 +80,7 @@ class Explanation:
     weights: WeightBytes
     gathered_bytes: int
     uncounted: dict[str, int]
+    rates: Rates | None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -84,9 +88,25 @@ class Explanation:
         return tuple(cost.site for cost in self.costs)
 
     @property
-    def predicted_speedup(self) -> float:
-        """Dense FLOPs over those of probe and pruned model: an upper bound, for gathers and scores cost time too."""
+    def speedup_limit(self) -> float:
+        """Dense FLOPs over those of probe and pruned model, which no measured speedup is expected to exceed."""
         return self.flops.speedup
+
+    @property
+    def predicted_speedup(self) -> float:
+        """The speedup of the products with gathering the weights counted in, at the device's measured rates.
+
+        Scores and the history are not counted, nor is what a compiler fuses differently. Without rates it is
+        `speedup_limit`.
+        """
+        return predicted_speedup(self.flops, self.gathered_bytes, self.rates) if self.rates else self.speedup_limit
+
+    @property
+    def break_even_samples(self) -> int | None:
+        """From how many samples of this length on pruning is predicted to save time; None if none, or without rates."""
+        if self.rates is None:
+            return None
+        return break_even_samples(self.flops, self.batch[0], self.config.probe_batch, self.gathered_bytes, self.rates)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""
@@ -96,7 +116,10 @@ class Explanation:
             "sites": [cost.to_dict() for cost in self.costs],
             "flops": self.flops.to_dict(),
             "uncounted": self.uncounted,
+            "speedup_limit": self.speedup_limit,
             "predicted_speedup": self.predicted_speedup,
+            "break_even_samples": self.break_even_samples,
+            "rates": self.rates.to_dict() if self.rates else None,
             "weight_bytes": self.weights.to_dict(),
             "gathered_bytes": self.gathered_bytes,
         }
@@ -126,9 +149,21 @@ class Explanation:
     def _totals(self) -> list[tuple[str, str]]:
         return [
             *flops_totals(self.flops),
-            ("predicted speedup", f"at most {self.predicted_speedup:.2f} (from FLOPs alone: an upper bound)"),
             ("weights", f"{size(self.weights.dense)} dense, {size(self.weights.pruned)} pruned"),
             ("gathered weights", f"{size(self.gathered_bytes)} a batch, read once and written once"),
+            *self._predictions(),
+        ]
+
+    def _predictions(self) -> list[tuple[str, str]]:
+        limit = f"{self.speedup_limit:.2f} by FLOPs alone"
+        if self.rates is None:
+            return [("speedup", f"at most {limit}")]
+        rates = self.rates
+        measured = f"{count(rates.flops_per_second, 'FLOP/s')} and {size(rates.bytes_per_second)}/s, measured here"
+        samples, tokens = self.break_even_samples, self.batch[1]
+        return [
+            ("speedup", f"about {self.predicted_speedup:.2f} predicted ({measured}); {limit}"),
+            ("break-even", f"from {samples} x {tokens} tokens on" if samples else "at no batch of this length"),
         ]
 
 
@@ -157,7 +192,8 @@ def explain(model: nn.Module, config: PruneConfig | None = None, **inputs: Any) 
     try:
         Pruning(model, _ExplainingRuntime(config)).run("prefill", arguments)
     except _Explained as explained:
-        return explained.explanation
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        return replace(explained.explanation, rates=Rates.measured(embedding.device, embedding.dtype))
     raise AssertionError("the capture ended without a graph")
 
 
@@ -191,6 +227,7 @@ def _explanation(module: GraphModule, runtime: Runtime) -> Explanation:
     uncounted = uncounted_products(program.graph.nodes)
     dense = _measure(program, sizes)
     with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
+        _watch(program)
         run_passes(program, [step for step in PRUNE if step.name not in program.applied])
     pruned = _measure(program, sizes)
     return Explanation(
@@ -201,7 +238,17 @@ def _explanation(module: GraphModule, runtime: Runtime) -> Explanation:
         weights=WeightBytes(dense.whole.weight_bytes, pruned.whole.weight_bytes),
         gathered_bytes=count_gathered_bytes(program.graph.nodes, sizes),
         uncounted=uncounted,
+        rates=None,
     )
+
+
+def _watch(program: Program) -> None:
+    """Let graph dumps see the rewriting; what is analysed by now they see as it stands."""
+    program.observer = observers("explain")
+    if program.observer is not None:
+        program.observer(program, "captured", PassResult(), 0.0)
+        refused = [f"{site.name}: {site.reason}" for site in program.sites if site.refused]
+        program.observer(program, "find_sites", PassResult(refused=refused), 0.0)
 
 
 @dataclass(frozen=True)

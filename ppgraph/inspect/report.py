@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from ppgraph.inspect.tables import Column, Table, count, size, why_dense
 from ppgraph.passes import Site
 from ppgraph.passes.base import shape_of
 from ppgraph.runtime import GraphRecord, Phase, Runtime
+from ppgraph.selections import SelectionSummary
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ppgraph.transform import Pruning
 
 
@@ -74,7 +77,8 @@ class BatchCost:
 class Report:
     """What `pruned.ppgraph.report()` gives: `str()` is a table, `to_dict()` all of it, HTML shows in notebooks.
 
-    Memory is in bytes. `cost` is None before the first batch.
+    Memory is in bytes. `cost` is None before the first batch. `selections` holds, for each pruned site, how often its
+    units were kept and how much consecutive batches share; `full_batch_overlap` is empty unless it was asked for.
     """
 
     config: PruneConfig
@@ -84,10 +88,16 @@ class Report:
     history_bytes: int
     history_positions: int
     packed_bytes: int
+    selections: tuple[SelectionSummary, ...]
+    full_batch_overlap: dict[str, float]
 
     @classmethod
-    def of(cls, pruning: Pruning) -> Report:
+    def of(cls, pruning: Pruning, full_batch: Mapping[str, Any] | None = None) -> Report:
         """Report on a pruned model; captures it when it has not run yet.
+
+        Args:
+            pruning: The model's `.ppgraph`.
+            full_batch: Inputs for which `full_batch_overlap` compares the choices of probe and full batch.
 
         Raises:
             NothingToPruneError: not one block of the model can be rewritten.
@@ -105,6 +115,8 @@ class Report:
                 history_bytes=runtime.history.nbytes,
                 history_positions=runtime.history.positions,
                 packed_bytes=runtime.packed_bytes,
+                selections=tuple(runtime.statistics.summaries()),
+                full_batch_overlap=pruning.full_batch_overlap(full_batch) if full_batch is not None else {},
             )
 
     @property
@@ -117,7 +129,7 @@ class Report:
         cost = self.cost
         return {
             "config": self.config.to_dict(),
-            "sites": [site_to_dict(site) for site in self.sites],
+            "sites": [site.to_dict() for site in self.sites],
             "batch": list(cost.batch) if cost else None,
             "flops": cost.flops.to_dict() if cost else {"dense": None, "probe": None, "pruned": None},
             "uncounted": cost.uncounted if cost else {},
@@ -134,7 +146,29 @@ class Report:
                 for graph in self.graphs
             ],
             "recompiles": self.recompiles,
+            "selections": [self._selection_to_dict(summary) for summary in self.selections],
         }
+
+    def _selection_to_dict(self, summary: SelectionSummary) -> dict[str, Any]:
+        return {
+            "site": summary.site.name,
+            "batches": summary.batches,
+            "overlap": summary.overlap,
+            "overlap_with_full_batch": self.full_batch_overlap.get(summary.site.name),
+            "always_kept": summary.always,
+            "never_kept": summary.never,
+            "kept_share": [round(share, 4) for share in summary.kept_share.tolist()],
+        }
+
+    def plot(self) -> Figure:
+        """Draw how selections behave: kept share of each head and channel, overlaps by layer. Needs `ppgraph[plot]`.
+
+        Raises:
+            InputError: no batch yet, or matplotlib is not installed.
+        """
+        from ppgraph.inspect.plot import draw
+
+        return draw(self)
 
     def __str__(self) -> str:
         return self._table().text()
@@ -145,10 +179,40 @@ class Report:
     def _table(self) -> Table:
         return Table(
             title=title(self.config, self.sites),
-            columns=[*site_columns(self.sites), *status_columns(self.sites)],
-            totals=[*self._cost_totals(), *self._memory_totals(), *self._graph_totals()],
+            columns=[
+                *site_columns(self.sites),
+                *self._selection_columns(),
+                *status_columns(self.sites, html_only=True),
+            ],
+            totals=[*self._cost_totals(), *self._memory_totals(), *self._graph_totals(), *self._selection_totals()],
             notes=[*why_dense(self.sites), *(uncounted_note(self.cost.uncounted) if self.cost else ())],
         )
+
+    def _selection_columns(self) -> list[Column]:
+        """Overlaps and the share of units that every batch kept, once there are batches."""
+        found = {summary.site.name: summary for summary in self.selections}
+        full = self.full_batch_overlap
+
+        def column(header: str, value: Callable[[SelectionSummary], float | None]) -> Column:
+            values = [value(found[site.name]) if site.name in found else None for site in self.sites]
+            return Column(header, ["" if value is None else f"{value:.2f}" for value in values], is_number=True)
+
+        columns = [column("overlap", lambda summary: summary.overlap), column("always", lambda summary: summary.always)]
+        if full:
+            columns.append(column("full\nbatch", lambda summary: full.get(summary.site.name)))
+        return columns if found else []
+
+    def _selection_totals(self) -> list[tuple[str, str]]:
+        if not self.selections:
+            return []
+        return [
+            (
+                "selections",
+                f"of {self.selections[0].batches} batches; overlap: mean Jaccard with the batch before; always: share "
+                "of heads or channels that every batch kept"
+                + ("; full batch: Jaccard with what probing everything chooses" if self.full_batch_overlap else ""),
+            )
+        ]
 
     def _cost_totals(self) -> list[tuple[str, str]]:
         if self.cost is None:
@@ -174,13 +238,6 @@ class Report:
             ("recompiles", str(self.recompiles)),
             ("compilation", f"{seconds:.1f} s"),
         ]
-
-
-def site_to_dict(site: Site) -> dict[str, Any]:
-    """A site's public fields as JSON-ready values."""
-    fields = dataclasses.asdict(site)
-    del fields["refused"]
-    return fields | {"entry": list(site.entry), "exit": list(site.exit)}
 
 
 def title(config: PruneConfig, sites: tuple[Site, ...]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tabulate import tabulate
+from tabulate import MIN_PADDING, tabulate
 
 from ppgraph.passes import Site
 
@@ -35,8 +35,9 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters of the widest cell or line of the header."""
-        return max(map(len, (*self.header.split("\n"), *self.cells)))
+        """Characters of the widest cell, or of the header's widest line, to which tabulate adds `MIN_PADDING`."""
+        header = max(map(len, self.header.split("\n"))) + MIN_PADDING
+        return max(header, *map(len, self.cells)) if self.cells else header
 
     def cut_to(self, width: int) -> Column:
         """The same column with no cell wider than `width` characters."""
@@ -86,6 +87,39 @@ def _names(sites: Sequence[Site]) -> str:
     if len(sites) <= 2:
         return ", ".join(site.name for site in sites)
     return f"{sites[0].name} to {sites[-1].name} ({len(sites)} blocks)"
+
+
+def block_lines(sites: Iterable[Site]) -> list[str]:
+    """What each block keeps, one line for the layers that are alike: `model.layers.3-31.mlp: 6272 of 11008 channels`.
+
+    Blocks that differ in more than the layer's number have lines of their own.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for site in sites:
+        pattern = re.sub(
+            rf"(^|\.){site.layer}(\.|$)", r"\1{}\2", site.name.replace("{", "{{").replace("}", "}}"), count=1
+        )
+        groups.setdefault((pattern, _kept(site)), []).append(site.layer)
+    return [f"{pattern.format(_ranges(layers))}: {kept}" for (pattern, kept), layers in groups.items()]
+
+
+def _kept(site: Site) -> str:
+    if site.status == "dense":
+        reason = re.sub(r"^\S+ (?=\()", "", site.reason)
+        return f"dense, {reason}" if reason else "dense"
+    unit = "heads" if site.kind == "attention" else "channels"
+    return f"keeps {site.kept_units} of {site.units} {unit}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-2,5` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def count(value: float, unit: str) -> str:

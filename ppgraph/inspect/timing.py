@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing variants in turns, describing the machine, writing results."""
+"""Timing models against one another: variants in turns, first calls, what the machine is, tables and files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tabulate import tabulate
 from torch.utils.benchmark.utils.timer import timer as synchronised_seconds
+from tqdm import tqdm
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
+WARM_UP_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,67 @@ def alternate(
                 prepare[name]()
             times[name].append(time_ms(variants[name]))
     return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def compile_and_time(
+    calls: Mapping[str, Callable[[], object]], repeats: int
+) -> tuple[dict[str, float], dict[str, Timing]]:
+    """First calls in ms, each compiling with an empty cache, then the timings of `repeats` rounds in turns.
+
+    Progress goes to stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="ppgraph-bench-", ignore_cleanup_errors=True) as caches:
+        first_ms = first_calls(calls, Path(caches))
+        alternate(calls, range(WARM_UP_ROUNDS))
+        return first_ms, alternate(calls, tqdm(range(repeats), desc="rounds", file=sys.stderr))
+
+
+def first_calls(calls: Mapping[str, Callable[[], object]], caches: Path) -> dict[str, float]:
+    """Milliseconds of each variant's first call, compilation included, each with an empty cache."""
+    torch.compile(lambda x: x.sin())(torch.ones(8))  # what loads once a process must not count as dense's
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    first_ms = {}
+    try:
+        for name, call in calls.items():
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / name)
+            first_ms[name] = time_ms(call)
+    finally:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        if before is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+    return first_ms
+
+
+def timing_table(
+    timings: Mapping[str, Timing], first_ms: Mapping[str, float], flops: Mapping[str, float], tokens: int
+) -> str:
+    """One row a variant of one batch of `tokens`; speedups are over the variant `"dense"`."""
+    rows = [
+        {
+            "variant": name,
+            "median ms": timing.median_ms,
+            "spread ms": timing.spread_ms,
+            "tokens/s": tokens / timing.median_ms * 1000,
+            "speedup": timings["dense"].median_ms / timing.median_ms,
+            "first call s": first_ms[name] / 1000,
+            "GFLOP": flops[name] / 1e9,
+        }
+        for name, timing in timings.items()
+    ]
+    return str(tabulate(rows, headers="keys", floatfmt=("", ".2f", ".2f", ".0f", ".3f", ".1f", ".1f")))
+
+
+def timings_to_dict(timings: Mapping[str, Timing], first_ms: Mapping[str, float]) -> dict[str, Any]:
+    """All times in ms by variant, as JSON-ready values."""
+    return {
+        name: {
+            "median_ms": timing.median_ms,
+            "spread_ms": timing.spread_ms,
+            "first_call_ms": first_ms[name],
+            "times_ms": list(timing.times_ms),
+        }
+        for name, timing in timings.items()
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prefill speed of Probe Pruning on a LLaMA of any shape.
 
-Three variants of one random model run in turns, each compiled, with lm_head, without a KV cache:
+Three variants of one random model run in turns, each compiled, without a KV cache, giving the logits of the last token
+as a prefill of `generate` does:
 
 - dense: the model as it is;
 - static: a model whose layers have the kept widths from the start; no probe, no selection: the limit;
@@ -62,7 +63,7 @@ def compiled_calls(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dic
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
 
     def call(model: Callable[..., Any]) -> Callable[[], object]:
-        return torch.no_grad()(lambda: model(tokens, use_cache=False))
+        return torch.no_grad()(lambda: model(tokens, use_cache=False, logits_to_keep=1))
 
     return {
         "dense": call(torch.compile(dense)),
@@ -99,7 +100,7 @@ def module_flops(model: LlamaForCausalLM, samples: int, tokens: int) -> dict[str
     mask = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=model.dtype)
     ids = torch.zeros(samples, tokens, device="meta", dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(ids, attention_mask=mask, use_cache=False)
+        model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     prefix = f"{type(model).__name__}.model."
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     return {name.removeprefix(prefix): total for name, total in counts.items()} | {"": counter.get_total_flops()}

@@ -246,19 +246,23 @@ def test_a_step_from_a_cache_that_another_model_filled_is_refused() -> None:
 def test_a_mode_of_torch_compile_reaches_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Mapping[str, object]] = []
 
-    def lower(module: torch.fx.GraphModule, values: object, options: Mapping[str, object]) -> torch.fx.GraphModule:
+    def lower(module: torch.fx.GraphModule, options: Mapping[str, object]) -> torch.fx.GraphModule:
         given.append(options)
         return module
 
     monkeypatch.setattr(_torch, "lower_with_inductor", lower)
-    compiled = torch.compile(model(4), backend="ppgraph", mode=mode)
-    with pytest.raises(ConfigError, match="skip_layers=3 leaves none"):
-        compiled(ids(), use_cache=False)
+    # A mode excludes options in torch.compile: the model must be deep enough for the default skip_layers and ratio.
+    dense = model(4, layers=6)
+    compiled = torch.compile(dense, backend="ppgraph", mode=mode)
+    compiled(ids(), use_cache=False)
+    assert compiled.ppgraph.selection()
+    assert given
+    assert all(options == torch._inductor.list_mode_options(mode) for options in given)
+
+
+def test_options_of_inductor_are_told_from_those_of_pruning() -> None:
     config, options = split_options({"ratio": 0.2, "max_autotune": True}, None)
     assert (config.ratio, options) == (0.2, {"max_autotune": True})
-    deeper = model(4, layers=4)
-    require_pruned(deeper, torch.compile(deeper, backend="ppgraph", mode=mode), ids())
-    assert given == [torch._inductor.list_mode_options(mode)]
 
 
 def test_an_unknown_mode_is_named() -> None:

@@ -86,10 +86,19 @@ class StateInput:
 
 @dataclass(frozen=True)
 class Packing:
-    """A graph that packs selected weights, and which inputs of the program it takes."""
+    """A graph that packs selected weights: it takes some `inputs` of the program, then the tensors that it fills.
+
+    Those are allocated once and filled again for each prompt, so that their addresses stay.
+    """
 
     module: GraphModule
     inputs: list[Node]
+    packed: list[Node]
+
+    def allocate(self, device: torch.device) -> list[torch.Tensor]:
+        """Memory for the packed weights."""
+        values = [node.meta["val"] for node in self.packed]
+        return [torch.empty(tuple(map(int, value.shape)), dtype=value.dtype, device=device) for value in values]
 
 
 class Observer(Protocol):

@@ -385,11 +385,33 @@ class Narrower:
         action, axis = self.plan.actions[planned], self.plan.axes[planned]
         if action == "select":
             return self.build.select(node, axis.dim, self._index(node, axis))
+        if is_fused_attention(node) and self._reads_a_step_from_whole_keys(node, axis):
+            return self._attention_on_all_heads(node)
         if action == "share_keys":
             return self._attention_on_own_keys(node)
         operands = {operand: self._narrow(operand) for operand, _ in operand_axes(node, axis)}
         kept = self.site.kept_units * axis.block
         return rebuild(self.build, node, operands, {axis.dim: self.build(operator.mul, self._outer(node, axis), kept)})
+
+    def _reads_a_step_from_whole_keys(self, node: Node, axis: Axis) -> bool:
+        """Whether a single token attends to keys that stay whole, so that selecting those would copy all of a cache."""
+        query, key, value = node.args[:3]
+        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        if axis.block != 1 or axis.outer != 1 or axis.dim != len(shape_of(node)) - 3 or shape_of(query)[-2] != 1:
+            return False
+        whole = self.plan.actions[node] == "share_keys"
+        return whole or all(self.plan.actions.get(operand) == "select" for operand in (key, value))
+
+    def _attention_on_all_heads(self, node: Node) -> Node:
+        """Attention of all heads, the dropped ones having zero queries; its results for the kept ones are selected."""
+        query = node.args[0]
+        assert isinstance(query, Node)
+        dim, narrow = len(shape_of(query)) - 3, self._narrow(query)
+        sizes = [self.build.size(query, place) for place in range(len(shape_of(query)))]
+        whole = self.build(aten.new_zeros.default, narrow, sizes)
+        whole = self.build(aten.index_copy.default, whole, dim, self.units, narrow)
+        attended = self.build.copy(node, lambda used: whole if used is query else used)
+        return self.build.select(attended, dim, self.units)
 
     def _attention_on_own_keys(self, node: Node) -> Node:
         """Grouped-query attention: each kept query head reads the key and value head of its group."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ppgraph.passes.base import Packing, PassResult, Program, StateInput
+from ppgraph.passes.base import Packing, PassResult, Program, StateInput, shape_of
+
+aten = torch.ops.aten
 
 
 class PackWeights:
@@ -21,7 +23,7 @@ class PackWeights:
     def __call__(self, program: Program) -> PassResult:
         selected = nodes_of_selection(program)
         packed = [node for node in selected if any(user not in selected for user in node.users)]
-        program.packing = Packing(*_packing_graph(program, packed))
+        program.packing = Packing(*_packing_graph(program, packed), packed)
         for number, node in enumerate(packed):
             placeholder = program.add_state_input(StateInput("packed", str(number)), node.meta["val"])
             node.replace_all_uses_with(placeholder)
@@ -53,8 +55,35 @@ def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, l
     for node in program.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in packed))
+    memory = {node: graph.create_node("placeholder", f"packed_{number}") for number, node in enumerate(packed)}
+    for node in packed:
+        _fill(graph, copies[node], memory[node])
+    graph.output(tuple(memory.values()))
+    graph.eliminate_dead_code()
+    _placeholders_first(graph)
     return GraphModule(torch.nn.Module(), graph), inputs
+
+
+def _fill(graph: Graph, node: Node, memory: Node) -> None:
+    """Put a result into its memory: selections directly, and by an operator that is fast outside of Inductor."""
+    if node.target is not aten.index_select.default:
+        graph.call_function(aten.copy_.default, (memory, node))
+        return
+    source, dim, index = node.args
+    assert isinstance(source, Node) and isinstance(index, Node) and isinstance(dim, int)
+    if dim == 0:  # `index_select` on CPUs runs in one thread
+        graph.call_function(aten.index.Tensor_out, (source, [index]), {"out": memory})
+        return
+    before, after = shape_of(source)[:dim], shape_of(source)[dim + 1 :]
+    places = graph.call_function(aten.reshape.default, (index, [-1, *[1] * len(after)]))
+    places = graph.call_function(aten.expand.default, (places, [*before, -1, *after]))
+    graph.call_function(aten.gather.out, (source, dim, places), {"out": memory})
+
+
+def _placeholders_first(graph: Graph) -> None:
+    first = next(iter(graph.nodes))
+    for node in reversed([node for node in graph.nodes if node.op == "placeholder" and node is not first]):
+        first.append(node)
 
 
 def _all_operands(nodes: list[Node]) -> set[Node]:

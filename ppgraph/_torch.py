@@ -180,15 +180,22 @@ def traced_module(module: GraphModule) -> torch.nn.Module | None:
     return root
 
 
+class _Unmatched:
+    """What can be referred to weakly."""
+
+
+_OF_NO_FRAME = _Unmatched()
+
+
 def _match_module(builder: GuardBuilder, guard: Guard) -> None:
     """Guard on a module's identity, and let Dynamo count its graphs apart from those of other modules.
 
     Dynamo runs a frame uncompiled, so the model dense, once its code has `recompile_limit` graphs. It counts by module
-    where that is a local of the frame; decorators of transformers get the model in `*args`.
+    where that is a local of the frame; decorators of transformers get the model in `*args`. Entries that match another
+    object than the frame's local of some name are not counted; no frame has this object, nor a local of this name.
     """
     builder.ID_MATCH(guard)
-    module = weakref.ref(builder.get(guard))
-    builder.id_matched_objs.setdefault(guard.name, module)
+    builder.id_matched_objs["ppgraph"] = weakref.ref(_OF_NO_FRAME)
 
 
 def _dynamo_scopes() -> dict[str, Any] | None:

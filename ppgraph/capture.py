@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
+from transformers import PreTrainedModel
 
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
@@ -43,6 +45,20 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return Program(traced, config, parameters, token_mask), values
+
+
+def install_output_hooks(model: nn.Module) -> None:
+    """Have transformers install the hooks by which it collects hidden states and attentions, before Dynamo looks.
+
+    It does so at the first call that asks for them, under a lock that Dynamo can't trace (transformers 5.24).
+    """
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # an older transformers collects them in the models' own code
+        return
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
 
 
 def normalise(module: GraphModule) -> None:

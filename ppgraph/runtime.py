@@ -201,7 +201,8 @@ class Runtime:
         if known is None or known[0] is not selection or known[1] != versions:
             self._packed.pop(key, None)
             with torch.inference_mode(False), torch.no_grad():
-                known = self._packed[key] = (selection, versions, packing.module(*inputs))
+                memory = known[2] if known is not None else packing.allocate(inputs[0].device)
+                known = self._packed[key] = (selection, versions, packing.module(*inputs, *memory))
         return known[2]
 
     @property
@@ -258,6 +259,7 @@ class GraphRunner:
         self._packing = program.packing
         placeholders = program.placeholders()
         self._parameter_places = {placeholders.index(node) for node in program.parameters}
+        self._units_of: tuple[Selection | None, dict[str, torch.Tensor]] = (None, {})
         self._packing_places = [placeholders.index(node) for node in program.packing.inputs] if program.packing else []
         blocks = {name: program.analysis[name] for name in self._sites}
         self._weights = {name: (placeholders.index(block.weight), block.weight_dim) for name, block in blocks.items()}
@@ -309,14 +311,23 @@ class GraphRunner:
         samples, length = (size(inputs) for size in self._batch)
         if any(item.role in ("history", "seen") for item in self._state_inputs):
             runtime.history.reserve(runtime.call.start + length)
-        values = list(inputs)
-        for index, item in enumerate(self._state_inputs):
-            values.append(self._state(index, item, values, length))
-        outputs = self._lowered(*values)
+        outputs = self._lowered(*self._with_states(inputs, length))
         self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
         return outputs[: self._outputs]
 
-    def _state(self, index: int, item: StateInput, values: list[Any], length: int) -> torch.Tensor:
+    def _with_states(self, inputs: Sequence[Any], length: int) -> list[Any]:
+        """The model's own inputs and what the graph takes beside them, in order; packed weights are the last."""
+        values = list(inputs)
+        packed: Sequence[torch.Tensor] = ()
+        for index, item in enumerate(self._state_inputs):
+            if item.role == "packed":
+                packed = packed or self._packed(values)
+                values.append(packed[int(item.site)])
+            else:
+                values.append(self._state(index, item, inputs, length))
+        return values
+
+    def _state(self, index: int, item: StateInput, inputs: Sequence[Any], length: int) -> torch.Tensor:
         runtime = self._runtime
         if item.role == "history":
             return runtime.history.rows(item.site, runtime.call.start, length)
@@ -324,28 +335,34 @@ class GraphRunner:
             return runtime.history.seen[runtime.call.start : runtime.call.start + length]
         if item.role == "weight_term":
             place, dim = self._weights[item.site]
-            return runtime.weight_term(item.site, values[place], dim)
+            return runtime.weight_term(item.site, inputs[place], dim)
         if item.role == "units":
             return self._units(item.site)
-        if item.role == "packed":
-            assert self._packing is not None
-            needed = [values[place] for place in self._packing_places]
-            return runtime.packed_weights(self._packing, needed, runtime.selection_to_reuse())[int(item.site)]
         if index not in self._constants:
             assert item.constant is not None
             self._constants[index] = item.constant.to(self._device)
         return self._constants[index]
 
     def _units(self, site: str) -> torch.Tensor:
-        """The kept units [U'] of the selection to reuse."""
-        channels = self._runtime.selection_to_reuse().channels
-        if site not in channels:
-            raise DecodeError(
-                f"the prompt's graph left {site} dense, while this step's graph prunes it; expected graphs that agree. "
-                "Decode with ppgraph.transform, which compiles a step for each"
-            )
-        block = self._sites[site].block
-        return channels[site][::block] // block
+        """The kept units [U'] of the selection to reuse; those of the last selection are kept."""
+        selection = self._runtime.selection_to_reuse()
+        if self._units_of[0] is not selection:
+            self._units_of = (selection, {})
+        units = self._units_of[1]
+        if site not in units:
+            if site not in selection.channels:
+                raise DecodeError(
+                    f"the prompt's graph left {site} dense, while this step's graph prunes it; expected graphs that "
+                    "agree. Decode with ppgraph.transform, which compiles a step for each"
+                )
+            block = self._sites[site].block
+            units[site] = selection.channels[site][::block] // block
+        return units[site]
+
+    def _packed(self, values: Sequence[Any]) -> Sequence[torch.Tensor]:
+        assert self._packing is not None
+        needed = [values[place] for place in self._packing_places]
+        return self._runtime.packed_weights(self._packing, needed, self._runtime.selection_to_reuse())
 
     def _keep(self, results: dict[str, torch.Tensor], shape: tuple[int, int]) -> None:
         finite = results.pop("finite", None)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppgraph import _torch
+from ppgraph.capture import install_output_hooks
 from ppgraph.config import PruneConfig
 from ppgraph.errors import (
     CaptureError,
@@ -145,6 +146,8 @@ class Pruning:
             key = (phase, self.runtime.selection_to_reuse().sites if phase == "reuse" else frozenset())
             if key not in self._compiled:
                 self._compiled[key] = compiled_forward(self._dense_forward(), self.runtime, phase)
+            if asks_for_outputs(self._model, arguments):
+                install_output_hooks(self._model)
             with torch.no_grad(), _torch.dynamo_settings():
                 return self._compiled[key](**arguments)
 
@@ -234,6 +237,12 @@ def is_step(arguments: Mapping[str, Any]) -> bool:
     tokens = tokens_of(arguments)
     asked = arguments.get("logits_to_keep")
     return tokens == 1 or (isinstance(asked, int) and asked == tokens)
+
+
+def asks_for_outputs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call, or the model's config, wants hidden states or attentions."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(arguments.get(name, getattr(model.config, name, False)) for name in names)
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> int:

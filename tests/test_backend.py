@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from transformers import LlamaForCausalLM
 
 import ppgraph
 from ppgraph import _torch
-from ppgraph.errors import ConfigError
+from ppgraph.backend import split_options
+from ppgraph.errors import CaptureError, ConfigError, DecodeError
 from tests.reference import masked_dense_logits
-from tests.test_generate import cache_in, cached, model
+from tests.test_generate import MaskedTwin, cache_in, cached, model, prompts
 
 OPTIONS = {"ratio": 0.4, "skip_layers": 1, "width_multiple": 8}
 
@@ -149,3 +151,120 @@ def test_an_outer_compile_of_a_caller_does_not_lose_the_pruning() -> None:
     whole = torch.compile(lambda batch: pruned(batch, use_cache=False).logits, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"ppgraph.transform compiles itself"):
         whole(batch)
+
+
+@torch.no_grad()
+def test_two_wrappers_of_one_model_each_keep_their_own_state() -> None:
+    dense = model(4)
+    wrappers = [torch.compile(dense, backend="ppgraph", options={**OPTIONS, "ratio": ratio}) for ratio in (0.2, 0.6)]
+    for wrapper in wrappers:
+        ppgraph.calibrate(wrapper, [ids()], progress=False)
+    states = [wrapper.ppgraph for wrapper in wrappers]
+    for wrapper, state, ratio in zip(wrappers, states, (0.2, 0.6), strict=True):
+        require_pruned(dense, wrapper, ids(4, 7))
+        assert wrapper.ppgraph is state
+        assert state.config.ratio == ratio
+        assert float(state.history.seen[0]) == 3
+    kept = [sum(len(channels) for channels in state.selection().values()) for state in states]
+    assert kept[0] > kept[1]
+    # A graph that is compiled later finds the state of its own wrapper.
+    output = wrappers[0](ids(), use_cache=True)
+    wrappers[1](ids(), use_cache=True)
+    token = output.logits[:, -1:].argmax(-1)
+    before = copy.deepcopy(cache_in(output))
+    found = wrappers[0](token, **cached(cache_in(output))).logits
+    expected = masked_dense_logits(dense, states[0].selection(), token, **cached(before))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert wrappers[0].ppgraph is states[0]
+
+
+@torch.no_grad()
+def test_more_models_than_dynamo_recompiles_for_are_pruned() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(3):
+            dense = model(4)
+            require_pruned(dense, torch.compile(dense, backend="ppgraph", options=OPTIONS), ids())
+
+
+@torch.no_grad()
+def test_the_last_graph_that_dynamo_would_compile_raises_instead_of_leaving_later_ones_dense() -> None:
+    with torch._dynamo.config.patch(accumulated_recompile_limit=1):
+        compiled = torch.compile(model(4), backend="ppgraph", options=OPTIONS)
+        with pytest.raises(CaptureError, match="accumulated_recompile_limit"):
+            compiled(ids(), use_cache=False)
+
+
+@torch.no_grad()
+def test_a_model_compiled_by_the_backend_is_collected() -> None:
+    dense = model(4)
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS)
+    compiled(ids(), use_cache=False)
+    gone = weakref.ref(dense)
+    del dense, compiled
+    gc.collect()
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_a_deep_copy_of_a_compiled_model_keeps_its_state() -> None:
+    dense = model(4)
+    dense.compile(backend="ppgraph", options=OPTIONS)
+    ppgraph.calibrate(dense, [ids()], progress=False)
+    copied = copy.deepcopy(dense)
+    assert copied.ppgraph is not dense.ppgraph
+    copied.compile(backend="ppgraph", options=OPTIONS)
+    require_pruned(model(4), copied, ids())
+    assert float(copied.ppgraph.history.seen[0]) == 3
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_beams_through_model_compile_equal_those_of_the_masked_dense_model(kind: str) -> None:
+    dense = model(2)
+    untouched = copy.deepcopy(dense)
+    dense.compile(backend="ppgraph", options=OPTIONS, dynamic=True)
+    inputs = prompts(2, 9, padded=True)
+    settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    tokens = dense.generate(**inputs, **settings, **({"cache_implementation": "static"} if kind == "static" else {}))
+    twin = MaskedTwin(untouched, dense.ppgraph.selection())
+    assert torch.equal(tokens, twin.model.generate(**inputs, **settings))
+
+
+@torch.no_grad()
+def test_a_step_from_a_cache_that_another_model_filled_is_refused() -> None:
+    dense = model(4)
+    cache = cache_in(dense(ids(), use_cache=True))
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS)
+    with pytest.raises(DecodeError, match="before any prefill"):
+        compiled(ids()[:, :1], **cached(copy.deepcopy(cache)))
+    compiled(ids(), use_cache=True)
+    with pytest.raises(DecodeError, match="carries no selection"):
+        compiled(ids()[:, :1], **cached(cache))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+@torch.no_grad()
+def test_a_mode_of_torch_compile_reaches_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Mapping[str, object]] = []
+
+    def lower(module: torch.fx.GraphModule, options: Mapping[str, object]) -> torch.fx.GraphModule:
+        given.append(options)
+        return module
+
+    monkeypatch.setattr(_torch, "lower_with_inductor", lower)
+    # A mode excludes options in torch.compile: the model must be deep enough for the default skip_layers and ratio.
+    dense = model(4, layers=6)
+    compiled = torch.compile(dense, backend="ppgraph", mode=mode)
+    compiled(ids(), use_cache=False)
+    assert compiled.ppgraph.selection()
+    assert given
+    assert all(options == torch._inductor.list_mode_options(mode) for options in given)
+
+
+def test_options_of_inductor_are_told_from_those_of_pruning() -> None:
+    config, options = split_options({"ratio": 0.2, "max_autotune": True}, None)
+    assert (config.ratio, options) == (0.2, {"max_autotune": True})
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown mode 'fastest'"):
+        split_options({}, "fastest")

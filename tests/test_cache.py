@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import (
 )
 
 import ppgraph
+from ppgraph.passes import token_axes
 from tests.reference import masked_dense_logits
-from tests.test_generate import OPTIONS, cached, model, prompts
+from tests.test_generate import OPTIONS, cache_in, cached, model, prompts
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -107,3 +109,51 @@ def test_a_conversation_equals_the_dense_model_masked_call_by_call(family: str, 
     pruned = ppgraph.transform(dense, **OPTIONS)
     require_conversation(dense, pruned, kind, 3, padded=True)
     assert {site.status for site in pruned.ppgraph.sites if site.layer > 0} == {"pruned"}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_prefill_chooses_the_same_from_any_cache_as_without_one(kind: str) -> None:
+    dense, inputs = model(2), prompts(4, 11, padded=True)
+    chosen = []
+    for cache in ({}, cached(empty_cache(kind, dense))):
+        pruned = ppgraph.transform(dense, **OPTIONS)
+        pruned(**inputs, **(cache or {"use_cache": False}))
+        chosen.append(pruned.ppgraph.selection())
+    assert_same(*chosen)
+
+
+def test_a_cache_that_is_reset_takes_a_new_prompt() -> None:
+    dense = model(4)
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    cache, other = empty_cache("static", dense), empty_cache("static", dense)
+    for length in (11, 6):
+        cache.reset()
+        other.reset()
+        for inputs in (prompts(3, length, padded=False), {"input_ids": torch.tensor([[4], [5], [6]])}):
+            found = pruned(input_ids=inputs["input_ids"], **cached(cache)).logits
+            expected = masked_dense_logits(dense, pruned.ppgraph.selection(), inputs["input_ids"], **cached(other))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_whose_graphs_prune_other_blocks_are_decoded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that must leave a block dense is reported, and steps from its cache leave it dense too."""
+    dense = model(4)
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    ids = prompts(3, 11, padded=False)["input_ids"]
+    step = ids[:, :1]
+    whole = pruned(input_ids=ids, use_cache=True)
+    pruned(input_ids=step, **cached(copy.deepcopy(cache_in(whole))))
+    with monkeypatch.context() as patch:
+        patch.setattr(token_axes, "slot_write", lambda node: None)
+        cache, other = empty_cache("static", dense), empty_cache("static", dense)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        pruned(input_ids=ids, attention_mask=mask, **cached(cache))
+    selection = pruned.ppgraph.selection()
+    masked_dense_logits(dense, selection, ids, mask, **cached(other))
+    assert not any("attn" in name for name in selection)
+    assert any(site.refused for site in pruned.ppgraph.graphs[-1].sites)
+    mask = torch.cat([mask, mask[:, -1:]], 1)
+    found = pruned(input_ids=step, attention_mask=mask, **cached(cache)).logits
+    expected = masked_dense_logits(dense, selection, step, mask, **cached(other))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ppgraph
 from ppgraph.errors import DecodeError
 from ppgraph.runtime import cache_of
-from tests.reference import masked_dense_logits
+from tests.reference import find_exit, masked_dense_logits
 
 NEW_TOKENS = 8
 OPTIONS = {"ratio": 0.4, "skip_layers": 1, "width_multiple": 8, "lowering": "eager"}
 
 
-def model(kv_heads: int) -> LlamaForCausalLM:
+def model(kv_heads: int, layers: int = 3) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         vocab_size=97,
@@ -185,26 +186,128 @@ def test_a_changed_weight_is_packed_again() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+class MaskedTwin:
+    """The dense model with what a selection drops masked, as something that generates."""
+
+    def __init__(self, dense: nn.Module, selection: dict[str, torch.Tensor]) -> None:
+        self.model = copy.deepcopy(dense)
+        for site, kept in selection.items():
+            find_exit(self.model, site).register_forward_pre_hook(self._keep_only(kept))
+
+    @staticmethod
+    def _keep_only(kept: torch.Tensor) -> object:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            dropped = torch.ones(arguments[0].shape[-1], dtype=torch.bool).index_fill(0, kept, False)
+            return (arguments[0].masked_fill(dropped, 0),)
+
+        return hook
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 5}],
-    ids=["beams", "sampling"],
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "cache_implementation": "static", "compile_config": "everywhere"},
+    ],
+    ids=["beams", "sampling", "lookup", "compiled"],
 )
-def test_other_ways_to_generate_finish(settings: dict[str, object]) -> None:
-    pruned = ppgraph.transform(model(2), **OPTIONS)
-    tokens = pruned.generate(**prompts(3, 9, padded=True), max_new_tokens=5, **settings)
-    assert tokens.shape == (3, 14)
+def test_other_ways_to_generate_equal_those_of_the_masked_dense_model(settings: dict[str, object]) -> None:
+    dense = model(2)
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    lookup = "prompt_lookup_num_tokens" in settings
+    inputs = prompts(1 if lookup else 3, 12, padded=not lookup)
+    if lookup:
+        inputs["input_ids"][:, 6:] = inputs["input_ids"][:, :6]
+    expected_settings = {name: value for name, value in settings.items() if name != "compile_config"}
+    if "compile_config" in settings:
+        everywhere = CompileConfig()
+        everywhere._compile_all_devices = True
+        settings = {**settings, "compile_config": everywhere}
+    torch.manual_seed(1)
+    tokens = pruned.generate(**inputs, max_new_tokens=NEW_TOKENS, **settings)
+    twin = MaskedTwin(dense, pruned.ppgraph.selection())
+    torch.manual_seed(1)
+    assert torch.equal(tokens, twin.model.generate(**inputs, max_new_tokens=NEW_TOKENS, **expected_settings))
+    assert {graph.phase for graph in pruned.ppgraph.graphs} == {"prefill", "reuse"}
 
 
-def test_arguments_pass_through_as_on_the_dense_model() -> None:
+def test_an_assistant_drafts_and_the_pruned_model_keeps_to_its_prompts_selection() -> None:
+    dense, assistant = model(2), model(4)
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    inputs = prompts(1, 12, padded=False)
+    tokens = pruned.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=assistant)
+    assert torch.equal(tokens, greedy_without_cache(dense, pruned.ppgraph.selection(), inputs))
+
+
+def test_a_prompt_in_chunks_equals_the_dense_model_masked_chunk_by_chunk() -> None:
     dense = model(4)
-    pruned = ppgraph.transform(dense, **{**OPTIONS, "ratio": 0.0})
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    inputs = prompts(3, 11, padded=False)
+    found = pruned.generate(
+        **inputs,
+        max_new_tokens=2,
+        do_sample=False,
+        prefill_chunk_size=4,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    other = ppgraph.transform(dense, **OPTIONS)
+    mine, cache = DynamicCache(config=dense.config), DynamicCache(config=dense.config)
+    for chunk in inputs["input_ids"].split(4, 1):
+        other(input_ids=chunk, **cached(mine))
+        expected = masked_dense_logits(dense, other.ppgraph.selection(), chunk, **cached(cache))
+    torch.testing.assert_close(found.logits[0], expected[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_was_compiled_to_before_does_not_run_in_place_of_the_pruned_forward() -> None:
+    dense = model(4)
+    dense._compiled_call = dense._compiled_call_impl = dense.__call__
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    inputs = prompts(3, 9, padded=False)
+    found = pruned(**inputs, use_cache=False).logits
+    expected = masked_dense_logits(model(4), pruned.ppgraph.selection(), **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    again = pruned.get_compiled_call(None)(**inputs, use_cache=False).logits
+    expected = masked_dense_logits(model(4), pruned.ppgraph.selection(), **inputs)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "given",
+    ["ids", "mask", "mask_4d", "embeds", "positions", "last_logits", "some_logits", "hidden_states", "loss", "tuple"],
+)
+def test_arguments_pass_through_as_on_the_masked_dense_model(given: str, attention: str) -> None:
+    dense = model(4)
+    dense.set_attn_implementation(attention)
     ids = prompts(3, 9, padded=False)["input_ids"]
-    arguments = {"labels": ids, "output_hidden_states": True, "use_cache": False}
-    with torch.no_grad():
-        expected = dense(inputs_embeds=dense.get_input_embeddings()(ids), **arguments)
-        found = pruned(inputs_embeds=dense.get_input_embeddings()(ids), **arguments)
-    assert torch.equal(found.loss, expected.loss)
-    assert len(found.hidden_states) == len(expected.hidden_states)
-    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
-    assert pruned(ids, logits_to_keep=2, use_cache=False).logits.shape == (3, 2, 97)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(3, 1, 9, 9)
+    arguments: dict[str, dict[str, object]] = {
+        "mask": {"attention_mask": prompts(3, 9, padded=True)["attention_mask"]},
+        "mask_4d": {"attention_mask": torch.zeros(3, 1, 9, 9).masked_fill(~causal, torch.finfo(torch.float).min)},
+        "positions": {"position_ids": torch.arange(5, 14)[None].expand(3, 9)},
+        "last_logits": {"logits_to_keep": 2},
+        "some_logits": {"logits_to_keep": torch.tensor([0, 4, 7])},
+        "hidden_states": {"output_hidden_states": True},
+        "loss": {"labels": ids},
+        "tuple": {"return_dict": False},
+    }
+    batch = {"inputs_embeds": dense.get_input_embeddings()(ids).detach()} if given == "embeds" else {"input_ids": ids}
+    if given == "hidden_states" and attention == "eager":
+        arguments[given]["output_attentions"] = True
+    inputs = {**batch, **arguments.get(given, {}), "use_cache": False}
+    for ratio in (0.0, 0.4):
+        pruned = ppgraph.transform(dense, **{**OPTIONS, "ratio": ratio})
+        found = pruned(**inputs)
+        twin = MaskedTwin(dense, pruned.ppgraph.selection()).model
+        with torch.no_grad():
+            expected = twin(**inputs)
+        assert type(found) is type(expected)
+        torch.testing.assert_close(_tensors(found), _tensors(expected), rtol=1e-4, atol=1e-5)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output
+    return [tensor for value in values for tensor in (value if isinstance(value, tuple) else (value,))]

@@ -100,6 +100,71 @@ def test_traced_module_guards_on_the_models_identity() -> None:
     assert [found is model for found, model in zip(traced, models, strict=True)] == [True, True]
 
 
+def test_graphs_guarded_by_traced_module_do_not_count_towards_the_recompile_limit() -> None:
+    traced: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        traced.append(_torch.traced_module(graph))
+        return graph
+
+    torch._dynamo.reset()
+    models = [Tiny() for _ in range(4)]
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for model in models:
+            torch.compile(model, backend=backend)(torch.ones(3, 4))
+    assert [id(model) for model in traced] == [id(model) for model in models]
+
+
+def test_traced_code_and_arguments_of_find_the_running_call() -> None:
+    codes: list[Any] = []
+    given: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        codes.append(_torch.traced_code())
+
+        def run(*inputs: Any) -> Any:
+            given.extend(_torch.arguments_of(codes[0]))
+            return graph(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    x, bias = torch.ones(3, 4), torch.ones(3, 1)
+    with torch.no_grad():
+        torch.compile(Tiny(), backend=backend)(x, bias=bias)
+    assert codes[0][1] == "forward"
+    assert any(value is x for value in given)
+    assert any(value is bias for value in given)
+    assert _torch.traced_code() is None
+
+
+def test_wrapper_of_is_the_running_torch_compile_of_a_module() -> None:
+    model = Tiny()
+    found: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        found.append((_torch.wrapper_of(model), _torch.graphs_left()))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(accumulated_recompile_limit=5):
+        compiled(torch.ones(3, 4))
+    assert found == [(compiled, 4)]
+    assert _torch.wrapper_of(model) is None
+
+
+def test_passing_errors_come_out_of_dynamo_as_they_are() -> None:
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        with _torch.passing_errors(InputError):
+            raise InputError("too long")
+
+    torch._dynamo.reset()
+    for fullgraph in (False, True):
+        with torch.no_grad(), pytest.raises(InputError, match="too long"):
+            torch.compile(Tiny(), backend=backend, fullgraph=fullgraph)(torch.ones(3, 4))
+
+
 def test_dynamo_lets_go_of_a_models_graphs() -> None:
     model = Tiny()
     torch._dynamo.reset()

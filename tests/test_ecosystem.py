@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import ppgraph
-from ppgraph import _torch
+from ppgraph import runtime
 from tests.reference import masked_dense_logits
 from tests.test_exactness import SIZES, batch, llama, relative
 
@@ -171,16 +171,16 @@ def test_a_rewritten_graph_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> N
     """What Inductor would be given, with the inputs of a real call, goes through `torch.export`."""
     seen: list[Any] = []
 
-    def record(module: Any, values: Any, options: Any) -> Any:
+    def record(program: Any, options: Any) -> Any:
         def call(*inputs: Any) -> Any:
-            seen.append((module, [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]))
-            return module(*inputs)
+            seen.append([value.clone() if isinstance(value, torch.Tensor) else value for value in inputs])
+            return program.module(*inputs)
 
         return call
 
-    monkeypatch.setattr(_torch, "lower_with_inductor", record)
+    monkeypatch.setattr(runtime, "lower", record)
     pruned = ppgraph.transform(llama(2), ratio=0.4, **SIZES)
     logits = pruned(**INPUTS, use_cache=False).logits
-    module, inputs = seen[0]
-    exported = torch.export.export(module, tuple(inputs), strict=False)
+    (inputs,) = seen
+    exported = torch.export.export(pruned.ppgraph.graphs[0].rewritten, tuple(inputs), strict=False)
     assert torch.equal(exported.module()(*inputs)[0], logits)

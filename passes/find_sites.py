@@ -194,7 +194,18 @@ def closing_products(branch: Branch, ancestry: Ancestry) -> list[Node]:
     found = [
         node for node in _before_products(branch.added) if is_product(node) and ancestry.depends(node, branch.stream)
     ]
-    return sorted(found, key=ancestry.index.__getitem__)
+    ends = [
+        node for node in found if not any(_goes_round(node, other, ancestry) for other in found if other is not node)
+    ]
+    return sorted(ends, key=ancestry.index.__getitem__)
+
+
+def _goes_round(detour: Node, product: Node, ancestry: Ancestry) -> bool:
+    """Whether a product comes, by way of another, from what `product` multiplies: an adapter beside a linear."""
+    if not (is_linear(detour) and is_linear(product)):
+        return False
+    start, end = linear_activations(product), linear_activations(detour)
+    return ancestry.depends(end, start) and any(is_product(node) for node in ancestry.between(start, end) - {start})
 
 
 def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) -> tuple[Site, Block | None] | None:

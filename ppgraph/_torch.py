@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "graph_world",
     "graphs_left",
     "inductor_options",
+    "is_wrapped",
     "lower_with_inductor",
     "module_path",
     "passing_errors",
@@ -139,6 +141,11 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(entry[0]) for entry in reversed(stack.values())), "")
     return re.sub(r"^L(\[[^\]]*\])*(\.__self__)?\.?", "", path)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a subclass that holds others, such as a quantised weight: captured graphs see through it."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

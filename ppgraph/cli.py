@@ -1,8 +1,8 @@
 """The command line: `ppgraph COMMAND ...`, also as `python -m ppgraph`.
 
 Each command is a module with `add_arguments(parser)`, which must not import torch (`--help` answers at once), and
-`run(args)`. Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that is said in one line,
-2 wrong usage, 130 interrupted.
+`run(args)`, which returns the text for stdout; everything else goes to stderr. Exit codes: 0 done, 1 an error that is
+said in one line, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.verbose:
                 warnings.simplefilter("ignore")  # of torch and transformers, about their own code
-            importlib.import_module(COMMANDS[args.command][0]).run(args)
-        sys.stdout.flush()
+            text = importlib.import_module(COMMANDS[args.command][0]).run(args)
+        print(text, flush=True)
     except PPGraphError as error:
         print(f"ppgraph: error: {error}", file=sys.stderr)
         return 1

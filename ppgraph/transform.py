@@ -425,6 +425,13 @@ def require_causal_lm(model: object) -> None:
             f"accelerate has spread this model over {', '.join(places)}, and moves it with hooks that a captured graph "
             "does not have; expected one device: load it with device_map={'': device}"
         )
+    for name, parameter in model.named_parameters():
+        if _torch.is_wrapped(parameter) or parameter.dtype == torch.uint8:
+            kind = f"{type(parameter).__name__} {parameter.dtype} {list(parameter.shape)}"
+            raise UnsupportedModelError(
+                f"{name} is no plain weight but a {kind}, as quantisation or tensor parallelism leaves it, of which "
+                "rows and columns can't be selected; load the model without, or dequantise it (model.dequantize())"
+            )
 
 
 def require_eval_mode(model: nn.Module) -> None:

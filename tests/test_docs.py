@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ppgraph
-from ppgraph import _torch
+from ppgraph import runtime
 from ppgraph.loading import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def model_of(layers: int) -> Any:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are rewritten and run, but Inductor is left out: compiling would take a minute a page."""
-    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, values, options: module)
+    monkeypatch.setattr(runtime, "lower", lambda program, options: program.module)
 
 
 @pytest.fixture

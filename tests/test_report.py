@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 import ppgraph
 from ppgraph.inspect.explain import explain
+from ppgraph.inspect.rates import Rates
 from tests.test_exactness import SIZES, batch, llama
 
 OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
@@ -133,10 +135,32 @@ def test_explain_predicts_what_the_report_then_shows() -> None:
     assert found["flops"] == report["flops"]
     assert found["gathered_bytes"] == report["gathered_bytes"]
     assert [site["kept"] for site in found["sites"]] == [site["kept"] for site in report["sites"]]
-    assert found["predicted_speedup"] == pytest.approx(
+    assert found["speedup_limit"] == pytest.approx(
         report["flops"]["dense"] / (report["flops"]["probe"] + report["flops"]["pruned"])
     )
     assert max(map(len, str(told).splitlines())) <= 100
+
+
+def test_predictions_follow_from_the_rates() -> None:
+    """A device so slow at copying that the gather takes as long as all of the dense products, in closed form."""
+    told = explain(llama(2, layers=3), ppgraph.PruneConfig(ratio=0.4, **SIZES), **batch(**INPUTS), use_cache=False)
+    assert told.rates is not None
+    work, gathered = told.flops, told.gathered_bytes
+    slow = replace(told, rates=Rates(flops_per_second=1.0, bytes_per_second=2 * gathered / work.dense))
+    assert slow.predicted_speedup == pytest.approx(work.dense / (work.probe + work.pruned + work.dense))
+    assert told.predicted_speedup < told.speedup_limit
+    samples = slow.break_even_samples
+    assert samples is not None
+    saved = [count * (work.dense - work.pruned) / 20 - -(-count // 20) * work.probe for count in (samples - 1, samples)]
+    assert saved[0] <= work.dense < saved[1]
+    free = replace(told, rates=Rates(1.0, float("inf")))
+    assert free.predicted_speedup == pytest.approx(told.speedup_limit)
+    never = replace(told, rates=Rates(1.0, 1e-12))
+    assert never.break_even_samples is None
+    assert "at no batch of this length" in str(never)
+    unknown = replace(told, rates=None)
+    assert (unknown.break_even_samples, unknown.predicted_speedup) == (None, told.speedup_limit)
+    assert "at most" in str(unknown)
 
 
 def test_explain_leaves_the_model_alone() -> None:

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ppgraph import _torch
 from ppgraph.errors import InputError
@@ -326,6 +327,35 @@ def test_dynamo_settings_make_floats_constants() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x, factor: x * factor, backend=backend, dynamic=True)(torch.ones(2, 3), 0.5)
     assert placeholders[1] == without_sizes + 1
+
+
+def test_captured_nodes_know_their_module_and_source_line() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            return _torch.to_aten(graph, fakes)
+
+    module = seen_by_backend(look)
+    linear, relu, *_ = (node for node in module.graph.nodes if node.op == "call_function")
+    assert _torch.module_path(linear) == "layers.0"
+    assert _torch.module_path(relu) == ""
+    assert "self.layers[0](x)" in linear.meta["stack_trace"]
+    assert type(module).__name__.isidentifier()
+
+
+def test_dtype_abbrs_are_those_of_print_readable() -> None:
+    module = torch.fx.symbolic_trace(lambda x: x + 1)
+    for node in module.graph.nodes:
+        node.meta["val"] = torch.ones(2, dtype=torch.bfloat16)
+    assert f'"{_torch.dtype_abbrs[torch.bfloat16]}[2]"' in module.print_readable(print_output=False)
+
+
+def test_is_wrapped_tells_subclasses_that_hold_tensors() -> None:
+    assert not _torch.is_wrapped(nn.Parameter(torch.ones(2)))
+    assert _torch.is_wrapped(TwoTensor(torch.ones(2), torch.ones(2)))
+
+
+# The canary of `_torch.trace_artifact` needs a process of its own: tests/test_dump.py.
 
 
 def test_every_public_name_has_a_canary() -> None:

@@ -132,11 +132,6 @@ def text_batches(
     return iter(ids[: whole * args.batch * args.length].view(whole, args.batch, args.length))
 
 
-def show(result: Any, args: argparse.Namespace) -> None:
-    """Print a result with `to_dict()` as a table or, with `--json`, as JSON."""
-    print(as_json(result.to_dict()) if args.json else result)
-
-
 def as_json(values: Mapping[str, Any]) -> str:
     """Indented JSON."""
     return json.dumps(values, indent=2)

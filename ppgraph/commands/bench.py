@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compile both, time them in turns, print."""
+def run(args: argparse.Namespace) -> str:
+    """Compile both and time them in turns."""
     config = config_of(args)
     model, _ = load(args)
 
@@ -59,11 +59,13 @@ def run(args: argparse.Namespace) -> None:
             "report": report,
             "variants": timings_to_dict(timings, first_ms),
         }
-        print(as_json(results))
-        return
-    print(header(machine(), model.device.type, model.dtype))
-    print(
-        f"{args.model}, {args.dtype}, {args.batch} samples of {args.length} tokens, {config.method} {config.ratio:g}\n"
+        return as_json(results)
+    share = report["flops"]["probe"] / report["flops"]["dense"]
+    return "\n".join(
+        [
+            header(machine(), model.device.type, model.dtype),
+            f"{args.model}, {args.batch} samples of {args.length} tokens, {config.method} at {config.ratio:g}\n",
+            timing_table(timings, first_ms, flops, tokens=args.batch * args.length),
+            f"\nprobe: {share:.2%} of the dense FLOPs",
+        ]
     )
-    print(timing_table(timings, first_ms, flops, tokens=args.batch * args.length))
-    print(f"\nprobe: {report['flops']['probe'] / report['flops']['dense']:.2%} of the dense FLOPs")

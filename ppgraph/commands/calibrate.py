@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> str:
     """Calibrate on the dense graph as it is (few batches don't pay for compiling it) and save."""
     config = config_of(args)
     model, tokenizer = load(args)
@@ -57,4 +57,4 @@ def run(args: argparse.Namespace) -> None:
         "sites": len(history),
         "bytes": history.nbytes,
     }
-    print(as_json(result) if args.json else f"{args.out}: {history!r} from {result['samples']} samples")
+    return as_json(result) if args.json else f"{args.out}: {history!r} from {result['samples']} samples"

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_examples(parser, "demo", "demo ./my-model --text wikitext.txt --batch 20")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load, calibrate, compile, measure, print."""
+def run(args: argparse.Namespace) -> str:
+    """Load, calibrate, compile, measure."""
     import torch
     from tabulate import tabulate
 
@@ -64,11 +64,10 @@ def run(args: argparse.Namespace) -> None:
         for name in models
     ]
     if args.json:
-        print(as_json({"model": args.model, "batches": len(evaluation), "rows": rows}))
-        return
+        return as_json({"model": args.model, "batches": len(evaluation), "rows": rows})
     size = f"{len(evaluation)} batches of {args.batch} x {args.length} tokens"
-    print(f"\n{size}, {model.dtype}, {model.device}\n")
-    print(tabulate(rows, headers="keys", floatfmt=".2f", missingval="-"))
+    table = tabulate(rows, headers="keys", floatfmt=".2f", missingval="-")
+    return f"{size}, {model.dtype}, {model.device}\n\n{table}"
 
 
 def _split(tokenizer: Any, args: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -12,11 +12,11 @@ from ppgraph.commands import (
     add_examples,
     add_json,
     add_model,
+    as_json,
     config_of,
     load,
     random_batch,
     say,
-    show,
 )
 
 
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Explain and print."""
+def run(args: argparse.Namespace) -> str:
+    """Explain."""
     config = config_of(args)
     if args.dump is not None:
         os.environ["PPGRAPH_DUMP"] = str(args.dump)
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from ppgraph.inspect.explain import explain
 
     say("capturing and rewriting the graph")
-    show(explain(model, **random_batch(model, args), config=config), args)
+    explanation = explain(model, **random_batch(model, args), config=config)
     if args.dump is not None:
         say(f"graphs: {args.dump / 'index.html'}")
+    return as_json(explanation.to_dict()) if args.json else str(explanation)

@@ -200,9 +200,11 @@ def explain(model: nn.Module, config: PruneConfig | None = None, **inputs: Any) 
 class _Explained(PPGraphError):
     """Ends a capture once its graph has been explained. A PPGraphError, which Dynamo's backend call lets through."""
 
-    def __init__(self, explanation: Explanation) -> None:
-        super().__init__("explained")
-        self.explanation = explanation
+    @property
+    def explanation(self) -> Explanation:
+        """Its one argument: Dynamo hands errors on as copies, of which only the arguments are kept."""
+        explanation: Explanation = self.args[0]
+        return explanation
 
 
 class _ExplainingRuntime(Runtime):

@@ -4,6 +4,7 @@ Read in the order of `PRUNE`. Each pass is one file; `operators.py` holds all th
 """
 
 from ppgraph.passes.base import Builder, Pass, PassResult, Program, Refusal, Site
+from ppgraph.passes.compensate_exit import CompensateExit
 from ppgraph.passes.find_sites import FindSites
 from ppgraph.passes.insert_probe import InsertProbe
 from ppgraph.passes.insert_score import InsertScore
@@ -15,8 +16,15 @@ from ppgraph.passes.select_weights import SelectWeights
 from ppgraph.passes.update_history import UpdateHistory
 
 ANALYSE: tuple[Pass, ...] = (FindSites(),)
-PRUNE: tuple[Pass, ...] = (FindSites(), InsertProbe(), InsertScore(), SelectWeights(), UpdateHistory())
-REUSE: tuple[Pass, ...] = (FindSites(), ReuseSelection(), SelectWeights(), PackWeights())
+PRUNE: tuple[Pass, ...] = (
+    FindSites(),
+    InsertProbe(),
+    InsertScore(),
+    SelectWeights(),
+    CompensateExit(),
+    UpdateHistory(),
+)
+REUSE: tuple[Pass, ...] = (FindSites(), ReuseSelection(), SelectWeights(), CompensateExit(), PackWeights())
 CALIBRATE: tuple[Pass, ...] = (FindSites(), ObserveChannels())
 
 __all__ = [

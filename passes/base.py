@@ -10,19 +10,21 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ppgraph._torch import call_on_fakes, expression
+from ppgraph._torch import call_on_fakes, expression, trace
 from ppgraph.config import PruneConfig
+from ppgraph.errors import MethodError
 
 Kind = Literal["attention", "mlp"]
-Role = Literal["history", "weight_term", "rows", "seen", "units", "packed"]
+Role = Literal["history", "moment", "centre", "weight_term", "rows", "seen", "units", "packed"]
 
 
 class Refusal(Exception):
@@ -39,6 +41,8 @@ class Site:
 
     Public names: `name`, `kind`, `layer`, `width` (channels), `kept` (channels), `entry` and `exit` (parameter
     names), `status` and `reason`. `units` are what is dropped as a whole: query heads, or single MLP channels.
+    `unit_macs` are the multiply-adds a token that the linears spend on one unit. `channel_dim` is the dimension of the
+    exit weight along which the channels lie. `candidate`: whether an allocation may take units away.
     """
 
     name: str
@@ -52,6 +56,9 @@ class Site:
     status: Literal["pruned", "dense"] = "dense"
     reason: str = ""
     refused: bool = False
+    candidate: bool = False
+    unit_macs: int = 0
+    channel_dim: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The public fields and `units` as JSON-ready values."""
@@ -74,7 +81,8 @@ class Site:
 class StateInput:
     """An input added to the graph that the runtime fills in at each call.
 
-    Roles: `history` [S, C] fp32 (the rows of this batch's positions, mutated), `weight_term` [C] fp32,
+    Roles: `history` [S, C] fp32 (a tensor of the history at this batch's positions, mutated), `centre` [C] fp32 (one of
+    its means over all positions), `moment` [C, C] fp32 (mutated by calibration), `weight_term` [C] fp32,
     `rows` (a constant index table), `seen` [S] fp32 (samples that calibration has seen at each position, mutated),
     `units` [U'] (a selection made before) and `packed` (a result of the packing graph; `site` is its number).
     """
@@ -82,6 +90,7 @@ class StateInput:
     role: Role
     site: str
     constant: torch.Tensor | None = None
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ class Program:
     """One captured graph on its way through the passes.
 
     `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
+    `allocation`: units kept by site name, once an allocation has decided. `checked`: the sites that the result `finite`
+    has a flag for, in order.
     """
 
     module: GraphModule
@@ -126,6 +137,8 @@ class Program:
     state_inputs: list[StateInput] = field(default_factory=list)
     results: dict[str, Node] = field(default_factory=dict)
     applied: list[str] = field(default_factory=list)
+    allocation: Mapping[str, int] | None = None
+    checked: list[str] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
     packing: Packing | None = None
     cuts: set[Node] = field(default_factory=set)
@@ -140,6 +153,18 @@ class Program:
     def pruned_sites(self) -> list[Site]:
         """The sites that are rewritten, in order."""
         return [site for site in self.sites if site.status == "pruned"]
+
+    @property
+    def scored_sites(self) -> list[Site]:
+        """The pruned sites that keep anything, and so have something to choose."""
+        return [site for site in self.pruned_sites if site.kept]
+
+    @property
+    def observed_sites(self) -> list[Site]:
+        """The sites that have a history: those that prune, or all that an allocation may choose from."""
+        if self.config.allocation == "uniform":
+            return self.pruned_sites
+        return [site for site in self.sites if site.candidate]
 
     def placeholders(self) -> list[Node]:
         """The graph's inputs, which stand before everything else."""
@@ -231,6 +256,49 @@ class Builder:
         if key not in known:
             known[key] = call_on_fakes(target, args, kwargs)
         return known[key]
+
+    def inline(self, method: str, function: Callable[..., Any], *operands: Any) -> Any:
+        """The nodes of plain tensor code on these operands (nodes, numbers, None, or containers of them).
+
+        Raises:
+            MethodError: the code can't be traced, or holds tensors of its own; `method` says whose it is.
+        """
+        flat, spec = tree_flatten(operands)
+        places = [index for index, operand in enumerate(flat) if isinstance(operand, Node)]
+        nodes = [flat[index] for index in places]
+        values = [node.meta["val"] for node in nodes]
+
+        def on_nodes_alone(*given: Any) -> Any:
+            filled = list(flat)
+            for index, value in zip(places, given, strict=True):
+                filled[index] = value
+            return function(*tree_unflatten(filled, spec))
+
+        try:
+            traced = trace(on_nodes_alone, values)
+        except Exception as error:
+            raise MethodError(
+                f"{method} can't be traced into a graph: {type(error).__name__}: {error}; expected tensor code that "
+                "reads no values (.item(), if tensor:) and gives the shapes that ppgraph.methods states"
+            ) from error
+        return self._inlined(method, traced, nodes)
+
+    def _inlined(self, method: str, traced: torch.fx.GraphModule, operands: list[Node]) -> Any:
+        given = iter(operands)
+        placed: dict[Node, Any] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                placed[node] = next(given)
+            elif node.op == "output":
+                return torch.fx.map_arg(node.args[0], placed.__getitem__)
+            elif node.op == "call_function":
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), placed.__getitem__)
+                placed[node] = self(node.target, *args, **kwargs)
+            else:
+                raise MethodError(
+                    f"{method} brings a tensor of its own ({node.target}), expected tensors made of its arguments"
+                )
+        raise AssertionError("a graph without output")
 
     def copy(self, node: Node, replace: Callable[[Node], Argument]) -> Node:
         """A second `node` whose operands went through `replace`."""

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ppgraph._torch import expression, quotient
-from ppgraph.config import kept_channels, kept_heads, layer_ratio
+from ppgraph.config import kept_heads, layer_ratio, rounded_up
 from ppgraph.passes.base import Kind, PassResult, Program, Refusal, Site, same_size, shape_of, target_name
 from ppgraph.passes.channels import Narrowing, NarrowingPlanner, weight_parameter
 from ppgraph.passes.operators import (
@@ -236,11 +236,13 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
         probe = plan_probe(stream, operand, region)
     except Refusal as refusal:
         return replace(site, reason=str(refusal), refused=True), None
-    entry: list[str] = []
-    for linear in narrowing.entries:
-        entry += _names(program, linear, weight_parameter(program, linear))
+    entry = [
+        name for linear in narrowing.entries for name in _names(program, linear, weight_parameter(program, linear))
+    ]
     block = Block(stream, product, operand, region, *linear_weight(product), narrowing, probe)
-    return replace(site, entry=tuple(entry)), block
+    rows = sum(layout.channels.shape[1] for entry in narrowing.entries.values() for layout in entry.narrowed.values())
+    unit_macs = shape_of(stream)[-1] * (rows + site.block)
+    return replace(site, entry=tuple(entry), unit_macs=unit_macs, channel_dim=block.weight_dim), block
 
 
 def _why_no_exit(product: Node) -> str:
@@ -334,14 +336,27 @@ def _with_widths(program: Program, drafts: list[tuple[Site, Block | None]]) -> l
         if site.refused:
             decided.append((site, block))
             continue
-        if site.kind == "attention":
-            kept = kept_heads(site.units, ratio) * site.block
-        else:
-            kept = kept_channels(site.width, ratio, config.width_multiple)
-        reason = _reason_for_dense(program, site, kept, site.layer in first_layers)
-        site = replace(site, kept=site.width if reason else kept, status="dense" if reason else "pruned", reason=reason)
+        skipped = site.layer in first_layers
+        kept = _kept_units(program, site, ratio) * site.block
+        reason = _reason_for_dense(program, site, kept, skipped)
+        site = replace(
+            site,
+            kept=site.width if reason else kept,
+            status="dense" if reason else "pruned",
+            reason=reason,
+            candidate=not skipped and site.kind in config.blocks,
+        )
         decided.append((site, block))
     return decided
+
+
+def _kept_units(program: Program, site: Site, ratio: float) -> int:
+    """As allocated, or the same share of every layer; MLP widths rounded up."""
+    if program.allocation is None:
+        share = kept_heads(site.units, ratio)
+    else:
+        share = min(max(program.allocation.get(site.name, site.units), 0), site.units)
+    return share if site.kind == "attention" else rounded_up(share, program.config.width_multiple, site.units)
 
 
 def _reason_for_dense(program: Program, site: Site, kept: int, skipped: bool) -> str:
@@ -350,6 +365,8 @@ def _reason_for_dense(program: Program, site: Site, kept: int, skipped: bool) ->
         return f"one of the first {config.skip_layers} layers (skip_layers)"
     if site.kind not in config.blocks:
         return f"blocks={config.blocks} leaves {site.kind} dense"
+    if kept >= site.width and program.allocation is not None:
+        return f"allocation={config.allocation!r} removes nothing of {site.width} channels"
     if kept >= site.width:
         return f"ratio={config.ratio} removes nothing of {site.width} channels"
     return ""

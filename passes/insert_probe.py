@@ -54,7 +54,7 @@ class InsertProbe:
         inserted = 0
         if program.config.statistics == "history":
             return PassResult()
-        for site in program.pruned_sites:
+        for site in program.scored_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
             sampling = sampling_of(program, build, block.stream)

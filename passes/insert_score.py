@@ -6,14 +6,18 @@ f [C] their importance-scaled fusion, I the PPsp score. All of it is fp32, whate
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch.fx import Node
 
-from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, shape_of
+from ppgraph.errors import MethodError
+from ppgraph.methods import OBSERVATIONS, SCORES
+from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, padding_of
 from ppgraph.passes.rebuild import unit_indices
-from ppgraph.scores import SCORES
 
 aten = torch.ops.aten
 
@@ -36,6 +40,10 @@ class InsertScore:
         for site in program.pruned_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
+            if not site.kept:
+                program.shared["kept", site.name] = _nothing(build, block)
+                program.results[site.name] = program.shared["kept", site.name][1]
+                continue
             statistics = _statistics(program, build, site)
             units = build.ascending(build.highest(_unit_scores(program, build, site, statistics), site.kept_units))
             channels = unit_indices(build, units, site.block)
@@ -46,13 +54,34 @@ class InsertScore:
         return PassResult(inserted)
 
 
-def history_of(program: Program, build: Builder, site: Site) -> Node:
-    """The site's history at this batch's positions, [S, C] fp32; an input of the graph."""
-    key = ("history", site.name)
+def _nothing(build: Builder, block: Block) -> tuple[Node, Node]:
+    """The units and channels of a block that loses all: [0] each."""
+    units = build(aten.arange.default, 0, device=block.stream.meta["val"].device, pin_memory=False)
+    return units, units
+
+
+def history_of(program: Program, site: Site, tensor: str | None = None) -> Node:
+    """A tensor of the site's history at this batch's positions, [S, C] fp32; an input of the graph.
+
+    The first tensor of the configured observation unless named: the one that scores read.
+    """
+    tensor = tensor or OBSERVATIONS[program.config.observed].tensors[0]
+    key = ("history", site.name, tensor)
     if key not in program.shared:
         stream = program.analysis[site.name].stream
         value = stream.meta["val"].new_empty((shape_of(stream)[1], site.width), dtype=torch.float32)
-        program.shared[key] = program.add_state_input(StateInput("history", site.name), value)
+        program.shared[key] = program.add_state_input(StateInput("history", site.name, tensor=tensor), value)
+    node: Node = program.shared[key]
+    return node
+
+
+def moment_of(program: Program, site: Site, moment: str) -> Node:
+    """A moment of the site's history, [C, C] fp32; an input of the graph."""
+    key = ("moment", site.name, moment)
+    if key not in program.shared:
+        stream = program.analysis[site.name].stream
+        value = stream.meta["val"].new_empty((site.width, site.width), dtype=torch.float32)
+        program.shared[key] = program.add_state_input(StateInput("moment", site.name, tensor=moment), value)
     node: Node = program.shared[key]
     return node
 
@@ -63,10 +92,10 @@ def _statistics(program: Program, build: Builder, site: Site) -> Node:
     if config.statistics == "history":
         return _history_statistics(program, build, site)
     probe: Probe = program.shared["probe", site.name]
-    squares = probe_state(build, probe)
+    squares = probe_state(program, build, probe)
     used = probe.sampling.used
     if config.statistics == "fused":
-        history = build.select(history_of(program, build, site), 0, probe.sampling.tokens)
+        history = build.select(history_of(program, site), 0, probe.sampling.tokens)
         squares = fuse(build, squares, history)
     if used is not None:
         squares = build.where(build(aten.unsqueeze.default, used, 1), squares, 0.0)
@@ -74,7 +103,7 @@ def _statistics(program: Program, build: Builder, site: Site) -> Node:
 
 
 def _history_statistics(program: Program, build: Builder, site: Site) -> Node:
-    history = history_of(program, build, site)
+    history = history_of(program, site)
     padding = padding_of(program, build, program.analysis[site.name].stream)
     if padding is not None:
         places = build(aten.unsqueeze.default, build(aten.any.dim, padding.real, 0), 1)
@@ -82,20 +111,37 @@ def _history_statistics(program: Program, build: Builder, site: Site) -> Node:
     return build.sum(history, 0)
 
 
-def probe_state(build: Builder, probe: Probe) -> Node:
-    """p [S', C]: squares of the probed channels, averaged over the samples that have a real token there."""
+def probe_state(program: Program, build: Builder, probe: Probe) -> Node:
+    """p [S', C]: what the probed channels show, over the samples that have a real token there."""
     y = build(aten.to.dtype, probe.y, torch.float32)
-    return mean_squares(build, y, probe.sampling.real)
+    return next(iter(observed_in_batch(program, build, y, probe.sampling.real).values()))
 
 
-def mean_squares(build: Builder, y: Node, real: Node | None) -> Node:
-    """[B, S, C] fp32 -> [S, C]: mean of squares over the samples where `real` [B, S] holds (all when None)."""
-    squares = build.mul(y, y)
-    if real is None:
-        return build(aten.mean.dim, squares, [0])  # type: ignore[no-any-return]
-    squares = build.where(build(aten.unsqueeze.default, real, 2), squares, 0.0)
-    count = build(aten.clamp.default, build.sum(real, 0), 1)
-    return build(aten.div.Tensor, build.sum(squares, 0), build(aten.unsqueeze.default, count, 1))  # type: ignore[no-any-return]
+def observed_in_batch(program: Program, build: Builder, y: Node, real: Node | None) -> dict[str, Node]:
+    """[B, S, C] fp32 -> {tensor of the history: [S, C]}, over the samples where `real` [B, S] holds (all when None)."""
+    name = program.config.observed
+    observation = OBSERVATIONS[name]
+    found = build.inline(f"observation {name!r}", observation.batch, y, real)
+    return checked_memory(name, found, dict.fromkeys(observation.tensors, shape_of(y)[1:]))
+
+
+def checked_memory(name: str, found: Mapping[str, Node], shapes: Mapping[str, Sequence[Any]]) -> dict[str, Node]:
+    """What an observation gave, in its own order.
+
+    Raises:
+        MethodError: other names or shapes than it registered.
+    """
+    fits = isinstance(found, Mapping) and set(found) == set(shapes)
+    if not fits or any(not _has_shape(found[key], shape) for key, shape in shapes.items()):
+        shown = {key: list(shape_of(node)) for key, node in found.items()} if isinstance(found, Mapping) else found
+        expected = {key: list(shape) for key, shape in shapes.items()}
+        raise MethodError(f"observation {name!r} must give {expected}, found {shown}")
+    return {key: found[key] for key in shapes}
+
+
+def _has_shape(node: Any, shape: Sequence[Any]) -> bool:
+    found = shape_of(node) if isinstance(node, Node) else ()
+    return len(found) == len(shape) and all(same_size(a, b) for a, b in zip(found, shape, strict=True))
 
 
 def fuse(build: Builder, probe: Node, history: Node) -> Node:
@@ -107,10 +153,21 @@ def fuse(build: Builder, probe: Node, history: Node) -> Node:
 
 def _unit_scores(program: Program, build: Builder, site: Site, statistics: Node) -> Node:
     """I [units]."""
-    score = SCORES[program.config.score]
+    name = program.config.score
+    score = SCORES[name]
     term = statistics.meta["val"].new_empty((site.width,))
     weight_term = program.add_state_input(StateInput("weight_term", site.name), term)
-    channels = score.channels(build, statistics, weight_term)
+    channels = build.inline(f"score {name!r}", score.channels, statistics, weight_term)
+    _require_vector(f"score {name!r}: channels", channels, site.width)
     if site.block == 1:
-        return channels
-    return score.units(build, build(aten.reshape.default, channels, [site.units, site.block]))
+        return channels  # type: ignore[no-any-return]
+    by_unit = build(aten.reshape.default, channels, [site.units, site.block])
+    units = build.inline(f"score {name!r}", score.units, by_unit)
+    _require_vector(f"score {name!r}: units", units, site.units)
+    return units  # type: ignore[no-any-return]
+
+
+def _require_vector(what: str, found: Any, length: int) -> None:
+    if not _has_shape(found, (length,)):
+        shown = list(shape_of(found)) if isinstance(found, Node) else found
+        raise MethodError(f"{what} must have shape [{length}], found {shown}")

@@ -31,8 +31,9 @@ class PackWeights:
 
 
 def nodes_of_selection(program: Program) -> dict[Node, None]:
-    """Calls made of nothing but a selection, parameters and constants."""
+    """Calls made of nothing but a selection, parameters, constants and what calibration left."""
     known = dict.fromkeys(program.parameters, False)
+    known |= {node: False for role in ("centre", "moment") for node in program.state_nodes(role)}
     known |= {node: True for role in ("units", "rows") for node in program.state_nodes(role)}
     for node in program.graph.nodes:
         if _is_pure(node) and all(operand in known for operand in node.all_input_nodes):

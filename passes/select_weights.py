@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph, Node
 
-from ppgraph.passes.base import Builder, PassResult, Program
+from ppgraph.passes.base import Builder, PassResult, Program, shape_of
 from ppgraph.passes.channels import Narrower, share_linears
 from ppgraph.passes.find_sites import Block
+from ppgraph.passes.operators import linear_bias
+
+aten = torch.ops.aten
 
 
 class SelectWeights:
     """Rebuilds each pruned block on its kept units and puts it in the place of the dense one.
 
-    Leaves in `program.shared`, for each site, `("narrowed", name)`: the exit linear's input [..., C'].
+    Leaves in `program.shared`, for each site, `("narrowed", name)`: the exit linear's input [..., C'], None when
+    nothing is kept, and `("exit", name)`: the exit linear on it.
     """
 
     name = "select_weights"
@@ -20,20 +25,35 @@ class SelectWeights:
 
     def __call__(self, program: Program) -> PassResult:
         inserted = 0
-        share_linears([program.analysis[site.name].narrowing for site in program.pruned_sites])
+        share_linears([program.analysis[site.name].narrowing for site in program.scored_sites])
         for site in program.pruned_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
             units, channels = program.shared["kept", site.name]
-            narrower = Narrower(program, site, block.narrowing, build, units, channels)
-            narrowed = narrower.input_of_exit(block.exit_input)
+            narrowed = None
+            if site.kept:
+                narrower = Narrower(program, site, block.narrowing, build, units, channels)
+                narrowed = narrower.input_of_exit(block.exit_input)
+                replacement = narrower.exit(block.exit_linear, block.exit_input, narrowed)
+            else:
+                replacement = _bias_alone(build, block)
             program.shared["narrowed", site.name] = narrowed
-            replacement = narrower.exit(block.exit_linear, block.exit_input, narrowed)
+            program.shared["exit", site.name] = replacement
             block.exit_linear.replace_all_uses_with(replacement)
             program.graph.erase_node(block.exit_linear)
             inserted += build.inserted
         sort_topologically(program.graph)
         return PassResult(inserted)
+
+
+def _bias_alone(build: Builder, block: Block) -> Node:
+    """What an exit linear without channels gives: its bias, or 0."""
+    rank = len(shape_of(block.exit_linear))
+    sizes = [build.size(block.exit_input, dim) for dim in range(rank - 1)] + [shape_of(block.exit_linear)[-1]]
+    value = block.exit_linear.meta["val"]
+    nothing = build(aten.full.default, sizes, 0.0, dtype=value.dtype, device=value.device, pin_memory=False)
+    bias = linear_bias(block.exit_linear)
+    return nothing if bias is None else build.add(nothing, bias)  # type: ignore[no-any-return]
 
 
 def sort_topologically(graph: Graph) -> None:

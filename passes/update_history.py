@@ -6,13 +6,16 @@ all updates stand at the end of the graph, behind one flag, so a bad batch leave
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
 from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
-from ppgraph.passes.insert_score import history_of, mean_squares
+from ppgraph.passes.insert_score import history_of, observed_in_batch
 
 aten = torch.ops.aten
 
@@ -27,40 +30,43 @@ class UpdateHistory:
     requires: tuple[str, ...] = ("find_sites", "select_weights")
 
     def __call__(self, program: Program) -> PassResult:
-        if not program.pruned_sites:
+        sites = program.scored_sites
+        if not sites:
             return PassResult()
         moving = program.config.statistics == "fused" and program.config.history_momentum < 1
-        observed: dict[str, Node] = {}
+        observed: dict[str, dict[str, Node]] = {}
         totals: list[Node] = []
-        for site in program.pruned_sites:
+        for site in sites:
             # Where the block ends, so that its channels can be freed.
             here = Builder(program, program.shared["narrowed", site.name].next, self.name)
             seen: list[Node] = [program.shared["statistics", site.name]]
             if moving:
                 observed[site.name] = _observed(program, here, site)
-                seen.append(observed[site.name])
+                seen += observed[site.name].values()
             totals.append(total(here, seen))
         build = Builder(program, program.output(), self.name)
         flags = finite_flags(build, totals)
         program.results["finite"] = flags
+        program.checked = [site.name for site in sites]
         whole = build(aten.all.default, flags)
-        for site in program.pruned_sites if moving else ():
-            cut_between_layers(program, site)
-            _move(program, build, site, observed[site.name], whole)
+        for site in sites if moving else ():
+            cut_between_layers(program, sites, site)
+            for tensor, shown in observed[site.name].items():
+                _move(program, build, site, history_of(program, site, tensor), shown, whole)
         return PassResult(build.inserted)
 
 
-def cut_between_layers(program: Program, site: Site) -> None:
+def cut_between_layers(program: Program, sites: Sequence[Site], site: Site) -> None:
     """Let what has been added at the graph's end be a part of its own where `site` is the first of a layer."""
-    first = next(other for other in program.pruned_sites if other.layer == site.layer)
+    first = next(other for other in sites if other.layer == site.layer)
     if first is site:
         program.cuts.add(program.output().prev)
 
 
 def total(build: Builder, statistics: list[Node]) -> Node:
-    """The sum of all a site's statistics, []. None of them is negative, so a sum hides neither NaN nor infinity."""
+    """The sum of all a site's statistics, []; over an infinity or NaN it is never finite."""
     sums = [build(aten.sum.default, tensor) for tensor in statistics]
-    return sums[0] if len(sums) == 1 else build.add(*sums)  # type: ignore[no-any-return]
+    return functools.reduce(build.add, sums)  # type: ignore[no-any-return]
 
 
 def finite_flags(build: Builder, totals: list[Node]) -> Node:
@@ -83,17 +89,16 @@ def aligned_channels(program: Program, build: Builder, stream: Node, values: Nod
     return build(aten.index.Tensor, values, [samples, padding.columns]), padding.real
 
 
-def _observed(program: Program, build: Builder, site: Site) -> Node:
-    """What full inference shows: [S, C'] fp32."""
+def _observed(program: Program, build: Builder, site: Site) -> dict[str, Node]:
+    """What full inference shows: {tensor: [S, C']} fp32."""
     block: Block = program.analysis[site.name]
     values, real = aligned_channels(program, build, block.stream, program.shared["narrowed", site.name])
-    return mean_squares(build, values, real)
+    return observed_in_batch(program, build, values, real)
 
 
-def _move(program: Program, build: Builder, site: Site, observed: Node, whole: Node) -> None:
+def _move(program: Program, build: Builder, site: Site, history: Node, observed: Node, whole: Node) -> None:
     """g <- m·g + (1-m)·observed on kept channels, in place."""
     momentum = program.config.history_momentum
-    history = history_of(program, build, site)
     _, channels = program.shared["kept", site.name]
     old = build.select(history, 1, channels)
     new = build.add(build.mul(old, momentum), build.mul(observed, 1 - momentum))

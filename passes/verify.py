@@ -32,7 +32,7 @@ def verify(program: Program, stage: str) -> None:
 
 
 def _every_site_is_probed(program: Program) -> None:
-    for site in program.pruned_sites:
+    for site in program.scored_sites:
         probe = program.shared.get(("probe", site.name))
         if program.config.statistics != "history" and (probe is None or shape_of(probe.y)[-1] != site.width):
             raise GraphError(f"after insert_probe: {site.name} has no probe of its {site.width} channels")
@@ -49,12 +49,18 @@ def _every_site_has_indices(program: Program) -> None:
 
 def _no_dense_exit_is_left(program: Program) -> None:
     for site in program.pruned_sites:
-        narrowed: Node = program.shared["narrowed", site.name]
-        if shape_of(narrowed)[-1] != site.kept:
+        narrowed: Node | None = program.shared["narrowed", site.name]
+        if narrowed is not None and shape_of(narrowed)[-1] != site.kept:
             raise GraphError(f"after select_weights: {site.name} has width {shape_of(narrowed)[-1]}, not {site.kept}")
         block = program.analysis[site.name]
         if any(node is block.exit_linear for node in program.graph.nodes):
             raise GraphError(f"after select_weights: the dense exit linear of {site.name} is still in the graph")
+
+
+def _every_exit_is_compensated(program: Program) -> None:
+    for site in program.pruned_sites:
+        if program.config.compensation != "none" and ("compensation", site.name) not in program.shared:
+            raise GraphError(f"after compensate_exit: nothing makes up for the channels that {site.name} lost")
 
 
 def _history_is_written_once(program: Program) -> None:
@@ -69,6 +75,7 @@ PROMISES: dict[str, Callable[[Program], None]] = {
     "insert_probe": _every_site_is_probed,
     "insert_score": _every_site_has_indices,
     "select_weights": _no_dense_exit_is_left,
+    "compensate_exit": _every_exit_is_compensated,
     "update_history": _history_is_written_once,
     "observe_channels": _history_is_written_once,
 }

@@ -13,17 +13,32 @@ if TYPE_CHECKING:
     from ppgraph.calibrate import calibrate
     from ppgraph.config import PruneConfig
     from ppgraph.inspect.explain import explain
+    from ppgraph.methods import register_allocation, register_compensation, register_observation, register_score
     from ppgraph.transform import transform
 
 __version__ = "0.1.0"
 
-__all__ = ["PPGraphError", "PruneConfig", "calibrate", "explain", "transform"]
+__all__ = [
+    "PPGraphError",
+    "PruneConfig",
+    "calibrate",
+    "explain",
+    "register_allocation",
+    "register_compensation",
+    "register_observation",
+    "register_score",
+    "transform",
+]
 
 # Loaded at first use: importing torch and transformers takes seconds, which `ppgraph --help` has no need of.
 _HOMES = {
     "PruneConfig": "ppgraph.config",
     "calibrate": "ppgraph.calibrate",
     "explain": "ppgraph.inspect.explain",
+    "register_allocation": "ppgraph.methods",
+    "register_compensation": "ppgraph.methods",
+    "register_observation": "ppgraph.methods",
+    "register_score": "ppgraph.methods",
     "transform": "ppgraph.transform",
 }
 

@@ -57,6 +57,7 @@ __all__ = [
     "source_argument",
     "source_parameter",
     "to_aten",
+    "trace",
     "trace_artifact",
     "traced_code",
     "traced_module",
@@ -118,6 +119,13 @@ def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
     with torch.fx.traceback.preserve_node_meta():
         traced = make_fx(captured, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     return GraphModule(traced, traced.graph, class_name="Captured")  # make_fx names it "<lambda>", which is no Python
+
+
+def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    """Tensor code as a graph of ATen operators that keeps symbolic sizes; call inside `graph_world`."""
+    traced = make_fx(function, pre_dispatch=True, tracing_mode="real")(*values)
+    assert isinstance(traced, GraphModule)
+    return traced
 
 
 def inductor_options() -> frozenset[str]:

@@ -13,9 +13,13 @@ from tqdm import tqdm
 from ppgraph._torch import compiled_with
 from ppgraph.backend import pruning_of, split_options
 from ppgraph.errors import InputError, NonFiniteError
+from ppgraph.sensitivity import samples_for_losses
 from ppgraph.transform import Pruning, check_inputs
 
 log = logging.getLogger("ppgraph")
+
+# Losses are estimated on samples of the first batches, so that no more than these are kept.
+BATCHES_FOR_LOSSES = 8
 
 
 def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, Any]], *, progress: bool = True) -> None:
@@ -23,7 +27,8 @@ def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, A
 
     Each batch adds its samples to a running mean, position by position; padding does not count. Calling it again adds
     to what is there; `pruned.ppgraph.history.reset()` starts over. A method that reads no history (`full-batch`) has
-    nothing to calibrate: no batch is run.
+    nothing to calibrate: no batch is run. Where the config has an allocation, it decides here how much each block
+    keeps, and the graphs that prune are captured anew.
 
     Args:
         pruned: A model from `transform`, or one compiled with `backend="ppgraph"`.
@@ -37,10 +42,10 @@ def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, A
     model, pruning = _pruned_model(pruned)
     if not isinstance(batches, Iterable):
         raise InputError(f"expected batches of token ids to calibrate on, found {type(batches).__name__}")
-    if pruning.config.statistics == "probe":
+    if not pruning.config.needs_history:
         log.info("nothing to calibrate: statistics='probe' reads no history")
         return
-    done = 0
+    done, kept = 0, []
     for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
         arguments = _arguments(batch, done)
         check_inputs(model, arguments)
@@ -50,8 +55,11 @@ def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, A
         except NonFiniteError as error:
             raise NonFiniteError(f"calibration batch {done}: {error}") from None
         done += 1
+        if done <= BATCHES_FOR_LOSSES:
+            kept.append(arguments)
     if not done:
         raise InputError("calibration data is empty: expected at least one batch of token ids")
+    pruning.allocate(samples_for_losses(kept), progress=progress)
 
 
 def _pruned_model(pruned: nn.Module) -> tuple[nn.Module, Pruning]:

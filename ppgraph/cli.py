@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": ("ppgraph.commands.explain", "say what pruning would do to a model, and why not to some blocks"),
     "bench": ("ppgraph.commands.bench", "time a model's prefill, compiled, dense and pruned"),
     "calibrate": ("ppgraph.commands.calibrate", "fill a history from a text and save it"),
+    "eval": ("ppgraph.commands.evaluate", "compare methods on a text: perplexity, FLOPs, time, zero-shot tasks"),
     "demo": ("ppgraph.commands.demo", "prune a small real model: perplexity, time, what was pruned"),
 }
 

@@ -15,8 +15,11 @@ BLOCKS: Final = ("attention", "mlp")
 STATISTICS: Final = ("fused", "probe", "history")
 DECODE_MODES: Final = ("reuse", "dense", "probe")
 
+# Names that the fields of the same name accept. Registering a piece of one's own (ppgraph.methods) adds its name.
+KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment"}
 KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
-"""Names that `PruneConfig.score` accepts. Registering a score of one's own adds its name here."""
+KNOWN_ALLOCATIONS: Final = {"uniform", "global", "least-loss"}
+KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares"}
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {
     "pp": {
@@ -25,6 +28,9 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "probe_batch": 0.05,
         "probe_tokens": 0.5,
         "history_momentum": 0.99,
+        "observed": "mean-square",
+        "allocation": "uniform",
+        "compensation": "none",
     },
     "full-batch": {
         "score": "ppsp",
@@ -34,7 +40,14 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "history_momentum": 1.0,
     },
     "wanda-sp": {"score": "wanda-sp", "statistics": "history", "history_momentum": 1.0},
-    "flap": {"score": "flap", "statistics": "history", "history_momentum": 1.0},
+    "flap": {
+        "score": "flap",
+        "statistics": "history",
+        "history_momentum": 1.0,
+        "observed": "fluctuation",
+        "allocation": "global",
+        "compensation": "mean",
+    },
 }
 """What each method stands for. A momentum of 1 freezes the history: these three do not update it."""
 
@@ -49,10 +62,10 @@ _FROM_METHOD: Final[Any] = None
 class PruneConfig:
     """How a model is pruned: frozen, hashable, checked at construction.
 
-    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens` and `history_momentum`:
-    what is left out (or None) takes the method's value. The values of `"pp"` are mere defaults; the other
-    methods *are* their values, so another written beside them raises. Once constructed, every field holds a
-    concrete value.
+    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens`, `history_momentum`, `observed`,
+    `allocation` and `compensation` (what these are made of: `ppgraph.methods`): what is left out
+    (or None) takes the method's value. The values of `"pp"` are mere defaults; the other methods *are* their values,
+    so another written beside them raises. Once constructed, every field holds a concrete value.
 
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
@@ -62,6 +75,12 @@ class PruneConfig:
         probe_batch: Share of the samples that is probed, in `(0, 1]`.
         probe_tokens: Share of the tokens that is probed, in `(0, 1]`.
         history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
+        observed: What calibration observes and the history holds: `"mean-square"`, `"fluctuation"`,
+            `"second-moment"` or a registered name.
+        allocation: How many units each site keeps: `"uniform"`, or from calibration `"global"` (FLAP's threshold over
+            all sites), `"least-loss"` (what costs the model's loss the least) or a registered name.
+        compensation: What the exit linear does about lost channels: `"none"`, `"mean"`, `"least-squares"` or a
+            registered name.
         skip_layers: Number of first layers left dense.
         rescale_ratio: Raise the ratio of the other layers to make up for the skipped ones.
         width_multiple: Kept MLP widths are multiples of it.
@@ -80,6 +99,9 @@ class PruneConfig:
     probe_batch: float = _FROM_METHOD
     probe_tokens: float = _FROM_METHOD
     history_momentum: float = _FROM_METHOD
+    observed: str = _FROM_METHOD
+    allocation: str = _FROM_METHOD
+    compensation: str = _FROM_METHOD
     skip_layers: int = 3
     rescale_ratio: bool = True
     width_multiple: int = 64
@@ -106,6 +128,11 @@ class PruneConfig:
                     f"method {self.method!r} means {name}={fixed!r}, found {value!r}; "
                     f"leave {name} out, or use method={_DEFAULT_METHOD!r}, which may be varied"
                 )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether anything reads what calibration observes: the score, the allocation or the compensation."""
+        return self.statistics != "probe" or self.allocation != "uniform" or self.compensation != "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values; `from_dict` takes them back."""
@@ -182,7 +209,11 @@ def kept_heads(heads: int, ratio: float) -> int:
 
 def kept_channels(width: int, ratio: float, multiple: int) -> int:
     """Return how many of `width` channels a layer keeps: `C - int(r'*C)`, up to a `multiple`, at most `C`."""
-    kept = width - int(ratio * width)
+    return rounded_up(width - int(ratio * width), multiple, width)
+
+
+def rounded_up(kept: int, multiple: int, width: int) -> int:
+    """Return `kept` rounded up to a `multiple`, at most `width`."""
     return min(width, math.ceil(kept / multiple) * multiple)
 
 
@@ -265,6 +296,9 @@ _CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "probe_batch": _number(0, 1, open_low=True),
     "probe_tokens": _number(0, 1, open_low=True),
     "history_momentum": _number(0, 1),
+    "observed": _choice(KNOWN_OBSERVATIONS),
+    "allocation": _choice(KNOWN_ALLOCATIONS),
+    "compensation": _choice(KNOWN_COMPENSATIONS),
     "skip_layers": _integer(0),
     "rescale_ratio": _flag,
     "width_multiple": _integer(1),

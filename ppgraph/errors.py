@@ -43,5 +43,9 @@ class HistoryError(PPGraphError, ValueError):
     """A saved history is damaged, or belongs to another model or config."""
 
 
+class MethodError(PPGraphError, ValueError):
+    """A registered piece of a method can't be traced, or gives other shapes than it must."""
+
+
 class DecodeError(PPGraphError, RuntimeError):
     """A single-token step needs a selection or a cache that the steps before it did not leave."""

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,15 +17,22 @@ from torch.fx import Graph, GraphModule, Node
 
 from ppgraph import _torch
 from ppgraph.capture import capture
-from ppgraph.config import PruneConfig
-from ppgraph.errors import DecodeError, NonFiniteError, NothingToPruneError, UnsupportedModelError
+from ppgraph.config import PruneConfig, layer_ratio
+from ppgraph.errors import (
+    DecodeError,
+    GraphError,
+    MethodError,
+    NonFiniteError,
+    NothingToPruneError,
+    UnsupportedModelError,
+)
 from ppgraph.inspect.dump import observers
 from ppgraph.lowering import Compiled, lower
+from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
-from ppgraph.scores import SCORES
 from ppgraph.selections import SelectionStatistics
 from ppgraph.state import History
 
@@ -107,6 +114,7 @@ class Runtime:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
+        require_consistent(self.config)
         self.history = History(self.config)
         self.statistics = SelectionStatistics()
         self.lock = threading.RLock()
@@ -130,6 +138,7 @@ class Runtime:
         values = _torch.placeholder_values(module)
         with _torch.graph_world(_torch.fake_mode_of(values)):
             program, _ = capture(module, self.config)
+            program.allocation = self.history.allocation
             code = _torch.traced_code() if phase is None else None
             phase = phase or self.step_phase(is_decoding_step(program))
             program.observer = observers(phase)
@@ -156,6 +165,7 @@ class Runtime:
         """Find the sites of a graph from Dynamo without rewriting it."""
         with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
             program, _ = capture(module, self.config)
+            program.allocation = self.history.allocation
             self._adopt(run_passes(program, ANALYSE), "dense")
         return program
 
@@ -187,9 +197,53 @@ class Runtime:
         known = self._terms.get(site)
         if known is None or known[0] != version:
             with torch.inference_mode(False), torch.no_grad():
-                term = SCORES[self.config.score].weight_term(weight.detach() if dim == 1 else weight.detach().t())
-            known = self._terms[site] = (version, term.contiguous())
+                term = self._weight_term((weight.detach() if dim == 1 else weight.detach().t()).float())
+            known = self._terms[site] = (version, term)
         return known[1]
+
+    def _weight_term(self, weight: torch.Tensor) -> torch.Tensor:
+        """The configured score's weight term of an exit weight [D, C] fp32."""
+        name = self.config.score
+        term = SCORES[name].weight_term(weight)
+        if not isinstance(term, torch.Tensor) or term.shape != weight.shape[1:]:
+            found = list(term.shape) if isinstance(term, torch.Tensor) else term
+            raise MethodError(f"score {name!r}: weight_term must have shape [{weight.shape[1]}], found {found}")
+        return term.float().contiguous()
+
+    def allocate(
+        self,
+        sites: Sequence[Site],
+        parameter: Callable[[str], torch.Tensor],
+        losses: Callable[[Sequence[Candidate]], Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Decide what each of a model's `sites` keeps from what calibration observed; later captures follow.
+
+        `parameter` gives a model's parameter by name, `losses` the loss curves of candidates where they are asked for.
+        """
+        allocation = ALLOCATIONS[self.config.allocation]
+        if allocation is None or self.config.ratio == 0:
+            return
+        ratio = layer_ratio(self.config, len({site.layer for site in sites}))
+        candidates = [self._candidate(site, parameter(site.exit[0])) for site in sites if site.candidate]
+        if allocation.by_loss:
+            found = losses(candidates)
+            candidates = [replace(candidate, losses=found[candidate.site.name]) for candidate in candidates]
+        self.history.allocation = dict(allocation.allocate(candidates, ratio))
+
+    def _candidate(self, site: Site, weight: torch.Tensor) -> Candidate:
+        known = self.history.seen > 0
+        memory = {tensor: value[known] for tensor, value in self.history.memory(site.name).items()}
+        term = self.weight_term(site.name, weight, site.channel_dim)
+        scores = SCORES[self.config.score].channels(next(iter(memory.values())).sum(0), term)
+        step = self.config.width_multiple if site.kind == "mlp" else 1
+        return Candidate(site, scores, memory, step)
+
+    def order_of(self, candidate: Candidate) -> torch.Tensor:
+        """A candidate's units, the least important first: [U] int64."""
+        site, scores = candidate.site, candidate.scores
+        if site.block > 1:
+            scores = SCORES[self.config.score].units(scores.view(site.units, site.block))
+        return torch.sort(scores, stable=True).indices
 
     def packed_weights(
         self, packing: Packing, inputs: Sequence[torch.Tensor], selection: Selection
@@ -230,10 +284,10 @@ class Runtime:
                 log.warning("%s stays dense%s: %s", site.name, where, site.reason)
         if self.sites is None:
             self.sites = list(program.sites)
-        pruned = program.pruned_sites
-        if pruned and self.config.statistics != "probe":
+        observed = program.observed_sites
+        if observed and self.config.needs_history:
             with _torch.unset_fake_temporarily():
-                self.history.declare(pruned, _device(program))
+                self.history.declare(observed, _device(program))
 
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
@@ -255,6 +309,8 @@ class GraphRunner:
         self._state_inputs = program.state_inputs
         self._results = list(program.results)
         self._sites = {site.name: site for site in program.pruned_sites}
+        self._checked = program.checked
+        self._allocation, self._prunes = program.allocation, "select_weights" in program.applied
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
         placeholders = program.placeholders()
@@ -308,6 +364,11 @@ class GraphRunner:
 
     def _call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         runtime = self._runtime
+        if self._prunes and runtime.history.allocation != self._allocation:
+            raise GraphError(
+                "calibration (or a loaded history) changed how many units each block keeps, and this graph was "
+                "captured before that; call torch.compiler.reset(), then the model again"
+            )
         samples, length = (size(inputs) for size in self._batch)
         if any(item.role in ("history", "seen") for item in self._state_inputs):
             runtime.history.reserve(runtime.call.start + length)
@@ -330,7 +391,11 @@ class GraphRunner:
     def _state(self, index: int, item: StateInput, inputs: Sequence[Any], length: int) -> torch.Tensor:
         runtime = self._runtime
         if item.role == "history":
-            return runtime.history.rows(item.site, runtime.call.start, length)
+            return runtime.history.rows(item.site, runtime.call.start, length, item.tensor)
+        if item.role == "moment":
+            return runtime.history.moment(item.site, item.tensor)
+        if item.role == "centre":
+            return runtime.history.centre(item.site, item.tensor)
         if item.role == "seen":
             return runtime.history.seen[runtime.call.start : runtime.call.start + length]
         if item.role == "weight_term":
@@ -367,9 +432,9 @@ class GraphRunner:
     def _keep(self, results: dict[str, torch.Tensor], shape: tuple[int, int]) -> None:
         finite = results.pop("finite", None)
         if finite is not None and not bool(finite.all()):
-            bad = [name for name, fine in zip(self._sites, finite.tolist(), strict=True) if not fine]
+            bad = [name for name, fine in zip(self._checked, finite.tolist(), strict=True) if not fine]
             raise NonFiniteError(
-                f"this batch gave NaN or infinity at {bad[0]} ({len(bad)} of {len(self._sites)} sites); "
+                f"this batch gave NaN or infinity at {bad[0]} ({len(bad)} of {len(self._checked)} sites); "
                 "expected finite activations. The history and the last selection stay as they were; check the weights, "
                 "the inputs and the dtype (fp16 overflows at 65504)"
             )

@@ -61,7 +61,7 @@ class SelectionStatistics:
             self._counts[kept] += 1
             if self.batches:
                 common = torch.zeros_like(self._overlaps).index_add_(0, self._owner, self._previous[kept].float())
-                self._overlaps += common / (2 * self._kept - common)
+                self._overlaps += common / (2 * self._kept - common).clamp(min=1)
             self._previous.zero_()
             self._previous[kept] = True
             self.batches += 1

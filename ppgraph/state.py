@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ppgraph.config import PruneConfig
 from ppgraph.errors import HistoryError
+from ppgraph.methods import OBSERVATIONS
 from ppgraph.passes.base import Site
 
 # Histories grow by whole steps of positions, so that batches a little longer than the last don't copy it each time.
@@ -29,16 +30,22 @@ INDEX = "ppgraph.json"
 
 
 class History:
-    """Mean squared channel values of full inference, for each position: {site name: [positions, C]}, fp32.
+    """What was observed of every channel, for each position: {site name: [positions, C]}, fp32.
 
-    `seen` [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with
-    the longest batch so far, not with the model's context.
+    That is the tensor that scores read (the mean square, unless the config observes something else); `memory` gives
+    all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them. `seen`
+    [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with the
+    longest batch so far, not with the model's context.
     """
 
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
         self._widths: dict[str, int] = {}
-        self._values: dict[str, torch.Tensor] = {}
+        observation = OBSERVATIONS[config.observed]
+        self._tensors, self._moment_names = observation.tensors, observation.moments
+        self._moments: dict[str, dict[str, torch.Tensor]] = {}
+        self._values: dict[str, dict[str, torch.Tensor]] = {}
+        self.allocation: dict[str, int] | None = None
         self._seen = torch.zeros(0)
 
     def __repr__(self) -> str:
@@ -52,7 +59,8 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes held by all sites."""
-        return sum(value.nbytes for value in self._values.values()) + self._seen.nbytes
+        held = (*self._values.values(), *self._moments.values())
+        return sum(value.nbytes for tensors in held for value in tensors.values()) + self._seen.nbytes
 
     @property
     def seen(self) -> torch.Tensor:
@@ -60,7 +68,20 @@ class History:
         return self._seen
 
     def __getitem__(self, site: str) -> torch.Tensor:
-        return self._values[site]
+        return self._values[site][self._tensors[0]]
+
+    def memory(self, site: str) -> dict[str, torch.Tensor]:
+        """All that is held of a site: {tensor: [positions, C]} fp32."""
+        return dict(self._values[site])
+
+    def moment(self, site: str, name: str) -> torch.Tensor:
+        """A moment of a site, [C, C] fp32."""
+        return self._moments[site][name]
+
+    def centre(self, site: str, tensor: str) -> torch.Tensor:
+        """A tensor's mean over the positions that calibration saw, [C] fp32; 0 without any."""
+        seen = self._seen > 0
+        return (self._values[site][tensor] * seen.unsqueeze(1)).sum(0) / seen.sum().clamp(min=1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -82,10 +103,17 @@ class History:
             known = self._widths.setdefault(site.name, site.width)
             if known != site.width:
                 raise HistoryError(f"{site.name} has {site.width} channels, but the history holds {known} for it")
-            if site.name not in self._values:
-                self._values[site.name] = self._zeros(self.positions, site.width, device)
-            elif self._values[site.name].device != device:
-                self._values[site.name] = self._values[site.name].to(device)
+            held = self._values.setdefault(site.name, {})
+            for tensor in self._tensors:
+                if tensor not in held:
+                    held[tensor] = self._zeros(self.positions, site.width, device)
+                elif held[tensor].device != device:
+                    held[tensor] = held[tensor].to(device)
+            moments = self._moments.setdefault(site.name, {})
+            for name in self._moment_names:
+                moments[name] = (
+                    moments[name].to(device) if name in moments else self._zeros(site.width, site.width, device)
+                )
         if self._seen.device != device:
             self._seen = self._seen.to(device)
 
@@ -94,17 +122,22 @@ class History:
         if positions <= self.positions:
             return
         grown = -(-positions // GROWTH) * GROWTH
-        for name, value in self._values.items():
-            self._values[name] = self._grown(value, grown)
+        for tensors in self._values.values():
+            for name, value in tensors.items():
+                tensors[name] = self._grown(value, grown)
         self._seen = self._grown(self._seen, grown)
 
-    def rows(self, site: str, start: int, length: int) -> torch.Tensor:
-        """A view of `length` positions of a site, [length, C]."""
-        return self._values[site][start : start + length]
+    def rows(self, site: str, start: int, length: int, tensor: str | None = None) -> torch.Tensor:
+        """A view of `length` positions of one tensor of a site (the one that scores read if not named), [length, C]."""
+        return self._values[site][tensor or self._tensors[0]][start : start + length]
 
     def reset(self) -> None:
-        """Forget everything; memory is freed."""
-        self._values = {name: self._zeros(0, width, self._seen.device) for name, width in self._widths.items()}
+        """Forget everything; memory is freed. What calibration decided about widths stays."""
+        for name, width in self._widths.items():
+            self._values[name] = {tensor: self._zeros(0, width, self._seen.device) for tensor in self._tensors}
+            self._moments[name] = {
+                moment: self._zeros(width, width, self._seen.device) for moment in self._moment_names
+            }
         self._seen = self._zeros_like_seen(0)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -128,7 +161,10 @@ class History:
         target.mkdir(parents=True, exist_ok=True)
         handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
         os.close(handle)
-        tensors = {name: value.contiguous() for name, value in self._values.items()}
+        tensors = {
+            key: self._values[site][tensor].contiguous() for key, site, tensor in _keys(self._widths, self._tensors)
+        }
+        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
         try:
             save_file({**tensors, "seen": self._seen}, data)
             index = {
@@ -137,6 +173,9 @@ class History:
                 "sha256": _digest(Path(data)),
                 "config": self._config.to_dict(),
                 "sites": dict(self._widths),
+                "tensors": list(self._tensors),
+                "moments": list(self._moment_names),
+                "allocation": self.allocation,
                 "positions": self.positions,
             }
             _replace_text(target / INDEX, json.dumps(index, indent=2) + "\n")
@@ -159,11 +198,22 @@ class History:
         self._require_same_sites(index)
         values = _read_tensors(source / index["data"], index)
         device = self._seen.device
-        self._seen = values.pop("seen").to(device)
-        self._values = {name: value.to(device) for name, value in values.items()}
-        self._widths = {name: value.shape[1] for name, value in values.items()}
+        self._seen = values["seen"].to(device)
+        self._widths = dict(index["sites"])
+        self._values = {site: {} for site in self._widths}
+        for key, site, tensor in _keys(self._widths, self._tensors):
+            self._values[site][tensor] = values[key].to(device)
+        for site in self._widths:
+            self._moments[site] = {name: values[f"{site}:{name}"].to(device) for name in self._moment_names}
+        self.allocation = index["allocation"]
 
     def _require_same_sites(self, index: Mapping[str, Any]) -> None:
+        if (*index["tensors"], *index["moments"]) != (*self._tensors, *self._moment_names):
+            raise HistoryError(
+                f"the saved history holds {', '.join(map(str, index['tensors'] + index['moments']))}, but "
+                f"observed={self._config.observed!r} needs {', '.join((*self._tensors, *self._moment_names))}; "
+                "load it into a model that observes the same"
+            )
         saved = index["sites"]
         for name in sorted(set(saved) | set(self._widths)):
             mine, other = self._widths.get(name), saved.get(name)
@@ -218,17 +268,41 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise HistoryError(f"no history at {folder}: expected {INDEX} there, as history.save writes it") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise HistoryError(f"{path} is damaged ({error}); save the history again") from None
-    expected = {"format": int, "data": str, "sha256": str, "config": dict, "sites": dict, "positions": int}
+    expected: dict[str, Any] = {
+        "format": int,
+        "data": str,
+        "sha256": str,
+        "config": dict,
+        "sites": dict,
+        "tensors": list,
+        "moments": list,
+        "positions": int,
+    }
     if not isinstance(index, dict):
         raise HistoryError(f"{path} is damaged: expected an object with {', '.join(expected)}")
+    if isinstance(index.get("format"), int) and index["format"] != FORMAT:
+        raise HistoryError(f"{path} has format {index['format']}, this version of ppgraph reads {FORMAT}")
     for key, kind in expected.items():
         if type(index.get(key)) is not kind:  # a bool is no whole number here
             raise HistoryError(f"{path} is damaged: expected {key} ({kind.__name__}), found {index.get(key)!r}")
-    if index["format"] != FORMAT:
-        raise HistoryError(f"{path} has format {index['format']}, this version of ppgraph reads {FORMAT}")
+    _require_allocation(path, index)
     if Path(index["data"]).name != index["data"] or index["data"] in ("", ".."):
         raise HistoryError(f"{path} names data outside of its folder: {index['data']!r}")
     return index
+
+
+def _require_allocation(path: Path, index: Mapping[str, Any]) -> None:
+    kept = index.get("allocation")
+    whole = isinstance(kept, dict) and all(isinstance(units, int) and units >= 0 for units in kept.values())
+    if kept is not None and not (whole and set(kept) <= set(index["sites"])):
+        raise HistoryError(f"{path} is damaged: expected allocation to be null or units kept by site, found {kept!r}")
+
+
+def _keys(sites: Iterable[str], tensors: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Name in the file, site and tensor: what scores read goes by the site's name alone."""
+    for site in sites:
+        for place, tensor in enumerate(tensors):
+            yield (f"{site}:{tensor}" if place else site, site, tensor)
 
 
 def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -241,12 +315,19 @@ def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tenso
     except (OSError, SafetensorError, ValueError) as error:
         raise HistoryError(f"{path} is damaged ({error}); save the history again") from None
     positions = index["positions"]
-    shapes = {name: (positions, width) for name, width in index["sites"].items()} | {"seen": (positions,)}
+    sites = index["sites"]
+    shapes = {key: (positions, sites[site]) for key, site, _ in _keys(sites, index["tensors"])} | {"seen": (positions,)}
+    shapes |= {f"{site}:{name}": (width, width) for site, width in sites.items() for name in index["moments"]}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(set(shapes) | set(found)):
         if shapes.get(name) != found.get(name):
             raise HistoryError(f"{path} is damaged: expected {name} {shapes.get(name)}, found {found.get(name)}")
     for name, value in tensors.items():
-        if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+        if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()) or _is_wrongly_negative(name, value):
             raise HistoryError(f"{path} is damaged: {name} is not finite, non-negative float32")
     return tensors
+
+
+def _is_wrongly_negative(name: str, value: torch.Tensor) -> bool:
+    """Counts and mean squares can't be negative; what an observation holds besides may be."""
+    return name.partition(":")[2] == "" and bool((value < 0).any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -23,9 +23,11 @@ from ppgraph.errors import (
     PPGraphError,
     UnsupportedModelError,
 )
+from ppgraph.methods import Candidate
 from ppgraph.passes import Site
 from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
 from ppgraph.selections import jaccard
+from ppgraph.sensitivity import expected_losses
 from ppgraph.state import History
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Pruning:
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._model, self.runtime = model, runtime
         self._compiled: dict[tuple[Phase, frozenset[str]], Callable[..., Any]] = {}
+        self._allocation = runtime.history.allocation
 
     def __repr__(self) -> str:
         return f"Pruning({self.config})"
@@ -61,6 +64,7 @@ class Pruning:
     @property
     def sites(self) -> list[Site]:
         """One record a block, in order. The first use captures the model when it has not run yet."""
+        self._follow_allocation()
         if self.runtime.sites is None:
             analyse(self._model, self._dense_forward(), self.runtime)
         return list(self.runtime.sites or [])
@@ -124,6 +128,28 @@ class Pruning:
         own = type(self._model).extra_repr(self._model)
         return "\n".join([*([own] if own else []), title, *(f"  {line}" for line in lines)])
 
+    def allocate(self, samples: Sequence[Mapping[str, Any]], *, progress: bool = True) -> None:
+        """Let the config's allocation decide widths from what calibration saw; new ones are captured anew.
+
+        `samples` are model inputs of one sample each, for allocations by loss.
+        """
+
+        def losses(candidates: Sequence[Candidate]) -> Mapping[str, torch.Tensor]:
+            orders = {item.site.name: (item.site, self.runtime.order_of(item), item.step) for item in candidates}
+            return expected_losses(self._model, self._dense_forward(), orders, samples, progress=progress)
+
+        with self.runtime.lock:
+            self.runtime.allocate(self.sites, self._model.get_parameter, losses)
+
+    def _follow_allocation(self) -> None:
+        """Drop graphs and sites of other widths than calibration has decided by now; calibration's own are dense."""
+        allocation = self.runtime.history.allocation
+        if allocation == self._allocation:
+            return
+        self._allocation, self.runtime.sites = allocation, None
+        self._compiled = {key: call for key, call in self._compiled.items() if key[0] == "calibrate"}
+        self.runtime.graphs = [record for record in self.runtime.graphs if record.phase == "calibrate"]
+
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
         cache = cache_of(arguments.values())
@@ -141,6 +167,7 @@ class Pruning:
     def run(self, phase: Phase, arguments: Mapping[str, Any], call: Call | None = None) -> Any:
         """Call the model's compiled forward of a phase."""
         with self.runtime.lock:
+            self._follow_allocation()
             self.runtime.call = call or Call()
             # Graphs of prompts may disagree on what can be pruned; a step needs a graph for what its prompt pruned.
             key = (phase, self.runtime.selection_to_reuse().sites if phase == "reuse" else frozenset())

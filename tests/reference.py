@@ -67,7 +67,8 @@ class Block(ABC):
 
     def channels(self, units: Tensor) -> Tensor:
         """The channels of these units, e.g. heads 0 and 2 of size 4 -> 0 1 2 3 8 9 10 11."""
-        return torch.cat([torch.arange(u * self.unit_size, (u + 1) * self.unit_size) for u in units.tolist()])
+        heads = [torch.arange(u * self.unit_size, (u + 1) * self.unit_size) for u in units.tolist()]
+        return torch.cat([torch.arange(0), *heads])
 
     def exit(self, y: Tensor, units: Tensor) -> Tensor:
         """The exit linear on the kept channels: its other columns are not there. The bias is whole."""
@@ -147,11 +148,11 @@ class LlamaAttentionBlock(Block):
         keys = self.attention.k_proj(x).split(self.unit_size, dim=-1)
         values = self.attention.v_proj(x).split(self.unit_size, dim=-1)
         outputs = []
-        for query, head in zip(queries, units.tolist(), strict=True):
+        for query, head in zip(queries[: len(units)], units.tolist(), strict=True):  # of no rows, split makes a piece
             kv = head // self.query_heads_per_kv_head
             q, k = rotate(query, cos, sin), rotate(keys[kv], cos, sin)
             outputs.append(causal_attention(q, k, values[kv], self.unit_size**-0.5))
-        return torch.cat(outputs, dim=-1)
+        return torch.cat([x.new_zeros(len(x), 0), *outputs], dim=-1)
 
 
 class LlamaMlpBlock(Block):
@@ -412,7 +413,75 @@ def wanda_sp(f: Tensor, weight: Tensor, unit_size: int) -> Tensor:
     return channel.view(-1, unit_size).sum(dim=1)
 
 
-SCORES = {"ppsp": ppsp, "wanda-sp": wanda_sp}
+def flap(f: Tensor, weight: Tensor, unit_size: int) -> Tensor:
+    """FLAP: a score per unit, the mean of f[c] * sum_i W[i, c]^2 over the unit's channels."""
+    channel = f.float() * weight.float().pow(2).sum(dim=0)
+    return channel.view(-1, unit_size).mean(dim=1)
+
+
+SCORES = {"ppsp": ppsp, "wanda-sp": wanda_sp, "flap": flap}
+
+
+class Fluctuation:
+    """What FLAP remembers of one site: mean and variance [positions, C] of y, and the samples behind them."""
+
+    def __init__(self, width: int) -> None:
+        self.mean, self.variance = torch.zeros(0, width), torch.zeros(0, width)
+        self.count = torch.zeros(0, dtype=torch.long)
+
+    def add(self, y: Tensor, real: Tensor) -> None:
+        """One group of samples y [B, S, C]: running mean, then the variance around it over samples and positions."""
+        missing = max(y.shape[1] - len(self.mean), 0)
+        self.mean = F.pad(self.mean, (0, 0, 0, missing))
+        self.variance = F.pad(self.variance, (0, 0, 0, missing))
+        self.count = F.pad(self.count, (0, missing))
+        places = real.any(dim=0).nonzero()[:, 0].tolist()
+        old_centre = self.mean[places].mean(dim=0)
+        for s in places:
+            values = y[real[:, s], s].float()
+            n = int(self.count[s])
+            self.mean[s] = (self.mean[s] * n + values.sum(dim=0)) / (n + len(values))
+        new_centre = self.mean[places].mean(dim=0)
+        for s in places:
+            values = y[real[:, s], s].float()
+            n, group = int(self.count[s]), len(values)
+            if n > 0:
+                spread = ((values - new_centre) * (values - old_centre)).sum(dim=0) / (n + group)
+                self.variance[s] = self.variance[s] * ((n - 1) / (n + group - 1)) + spread
+            self.count[s] = n + group
+
+    @property
+    def centre(self) -> Tensor:
+        """m [C]: the mean over all positions that calibration saw."""
+        return self.mean[self.count > 0].mean(dim=0)
+
+
+def flap_allocation(
+    blocks: Sequence[Block], scores: Sequence[Tensor], ratio: float, hidden_size: int, length: int
+) -> dict[str, int]:
+    """Units that each site keeps under FLAP's one threshold over all layers, from channel scores [C] a site."""
+    everything = []
+    for number, (block, channel) in enumerate(zip(blocks, scores, strict=True)):
+        standardised = (channel - channel.mean()) / channel.std()
+        unit_scores = standardised.view(-1, block.unit_size).mean(dim=1)
+        cost = 1.0
+        if block.kind == "attention":
+            matrices = 4 if block.query_heads_per_kv_head == 1 else 2
+            head = length * hidden_size * block.unit_size * matrices + 2 * length**2 * block.unit_size
+            cost = head / (length * hidden_size * 3)
+        everything += [(score, cost, number) for score in unit_scores.tolist()]
+    everything.sort(key=lambda unit: unit[0])
+    total, spent, threshold = sum(cost for _, cost, _ in everything), 0.0, math.inf
+    for score, cost, _ in everything:
+        spent += cost
+        if spent > ratio * total:
+            threshold = score
+            break
+    lost = [
+        sum(1 for score, _, of in everything if of == number and score <= threshold) for number in range(len(blocks))
+    ]
+    return {block.site: block.units - gone for block, gone in zip(blocks, lost, strict=True)}
+
 
 # ----------------------------------------------------------------------------------------------------
 # Columns and aligned positions
@@ -470,6 +539,7 @@ class Reference:
         blocks: Sequence[str] = ("attention", "mlp"),
         statistics: str = "fused",
         score: str = "ppsp",
+        flap: bool = False,
     ) -> None:
         if statistics not in ("fused", "probe", "history") or score not in SCORES:
             raise ValueError(f"unknown statistics {statistics!r} or score {score!r}")
@@ -480,6 +550,9 @@ class Reference:
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
+        self.flap = flap  # the method as a whole: variance, global threshold, compensation
+        self.fluctuation: dict[str, Fluctuation] = {}
+        self.allocated: dict[str, int] = {}
         layers = self.adapter.layers
         self.ratio = ratio  # r' of step 7
         if rescale_ratio and layers > skip_layers:
@@ -495,13 +568,34 @@ class Reference:
     def kept_units(self, block: Block) -> int:
         if block.layer < self.skip_layers or block.kind not in self.pruned_kinds:
             return block.units
-        kept = block.units - int(self.ratio * block.units)
+        kept = self.allocated.get(block.site, block.units - int(self.ratio * block.units))
         if block.kind == "mlp":
             kept = min(math.ceil(Fraction(kept, self.width_multiple)) * self.width_multiple, block.units)
         return kept
 
     def is_pruned(self, block: Block) -> bool:
         return self.kept_units(block) < block.units
+
+    def may_prune(self, block: Block) -> bool:
+        return block.layer >= self.skip_layers and block.kind in self.pruned_kinds
+
+    # FLAP
+
+    def compensation(self, block: Block, units: Tensor) -> Tensor:
+        """W·m [D] over the channels that these units leave out."""
+        dropped = torch.ones(block.width, dtype=torch.bool)
+        dropped[block.channels(units)] = False
+        return block.exit_weight()[:, dropped] @ self.fluctuation[block.site].centre[dropped]
+
+    def allocate(self) -> None:
+        blocks = [block for block in self.adapter.blocks if self.may_prune(block)]
+        seen = [self.fluctuation[block.site].count > 0 for block in blocks]
+        scores = [
+            self.fluctuation[block.site].variance[known].sum(dim=0) * block.exit_weight().float().pow(2).sum(dim=0)
+            for block, known in zip(blocks, seen, strict=True)
+        ]
+        hidden_size = blocks[0].exit_weight().shape[0]
+        self.allocated = flap_allocation(blocks, scores, self.ratio, hidden_size, int(seen[0].sum()))
 
     # Steps 4 and 8: the history
 
@@ -549,6 +643,9 @@ class Reference:
         self, block: Block, residual: Tensor, x: Tensor, positional: Sequence[Tensor], real: Tensor
     ) -> Tensor:
         """F [C] of steps 1 - 5."""
+        if self.flap:
+            known = self.fluctuation[block.site].variance
+            return known[: int(real.any(dim=0).sum())].sum(dim=0)
         if self.statistics == "history":
             length = int(real.any(dim=0).sum())
             return self.history_at(block, torch.arange(length)).sum(dim=0)
@@ -597,9 +694,13 @@ class Reference:
             y = self.full_exit_input(block, x, positional, real, units)
             if pruned and self.statistics == "fused":
                 self.update_history(block, y, real, units)
-            if calibrating and self.is_pruned(block):
+            if calibrating and self.flap and self.may_prune(block):
+                self.fluctuation.setdefault(block.site, Fluctuation(block.width)).add(y, real)
+            elif calibrating and self.is_pruned(block):
                 self.calibrate_history(block, y, real)
-            residual = block.join(residual, block.exit(y, units))
+            residual = block.join(
+                residual, block.exit(y, units) + (self.compensation(block, units) if pruned and self.flap else 0)
+            )
         return Result(alignment.to_columns(self.adapter.head(residual)), selection)
 
     @torch.no_grad()
@@ -613,6 +714,8 @@ class Reference:
         for batch in batches:
             with batch["input_ids"].device:
                 self.run(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"), True)
+        if self.flap:
+            self.allocate()
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,451 @@
+"""What pruning costs in quality and what it saves, one method beside the other on one text.
+
+Every number says what it was measured on: windows of `length` tokens taken one after the other from the text, without
+special tokens or padding, `batch` of them at a time, in order. A pruned model chooses from the very batch it is scored
+on, later tokens included. The *causal* perplexity doesn't: channels are chosen from the first half of each window and
+only the second half is scored.
+
+    ppgraph eval MODEL --text wiki.txt --calibration c4.txt --ratios 0.2 0.4 --out results.json --plot results.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from ppgraph.calibrate import calibrate
+from ppgraph.config import PruneConfig
+from ppgraph.errors import InputError
+from ppgraph.runtime import Call
+from ppgraph.transform import Pruning, transform
+from ppgraph.zero_shot import zero_shot
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, for the dense model and every method alike.
+
+    Attributes:
+        length: Tokens of a window.
+        batch: Windows a batch.
+        batches: Batches that perplexity is measured on; None for the whole text.
+        calibration_batches: Batches of the calibration text, of the same shape.
+        seed: Takes windows in a random order; None in the text's own.
+        causal: Also measure the causal perplexity.
+        repeats: Timed calls of each compiled model; 0 measures no time.
+        lowering: How pruned models run. Time is measured with `"inductor"` only.
+        tasks: Files of zero-shot tasks.
+        task_limit: Questions of each task; None for all.
+    """
+
+    length: int = 1024
+    batch: int = 20
+    batches: int | None = None
+    calibration_batches: int = 8
+    seed: int | None = None
+    causal: bool = True
+    repeats: int = 0
+    lowering: str = "inductor"
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"length": 2, "batch": 1, "batches": 1, "calibration_batches": 0, "repeats": 0, "task_limit": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name} must be at least {low}, found {value}")
+        if self.repeats and self.lowering != "inductor":
+            raise InputError("time is measured against the compiled dense model; use lowering='inductor', or repeats=0")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it comes from: summed negative log-likelihood in nats over `tokens` predictions."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        """exp(nll / tokens)."""
+        return math.exp(self.nll / self.tokens)
+
+
+def windows(tokenizer: Any, texts: Sequence[str], length: int, *, seed: int | None = None) -> Tensor:
+    """Cut texts into windows of tokens, [N, length] int64; what is left over at a text's end is dropped.
+
+    With several texts their windows alternate, so that each batch holds all of them; the shortest ends the matter.
+
+    Raises:
+        InputError: a text has not enough tokens for one window.
+    """
+    cut = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+        count = len(ids) // length
+        if not count:
+            raise InputError(f"expected a text of at least {length} tokens, found {len(ids)}; use a smaller length")
+        cut.append(ids[: count * length].view(count, length))
+    fewest = min(map(len, cut))
+    mixed = torch.stack([part[:fewest] for part in cut], dim=1).flatten(0, 1) if len(cut) > 1 else cut[0]
+    if seed is not None:
+        mixed = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed))]
+    return mixed
+
+
+def perplexity(
+    model: nn.Module, batches: Sequence[Tensor], *, causal: bool = False, progress: bool = True
+) -> Perplexity:
+    """Score windows of tokens [B, S]; the first token of a window is never predicted.
+
+    Args:
+        model: Dense, or from `transform`, whose history moves on from batch to batch.
+        batches: Token ids.
+        causal: Score the second half of each window alone, with heads and channels chosen from the first.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        InputError: no batches, or windows too short to score.
+    """
+    if not batches or any(ids.shape[1] < (4 if causal else 2) for ids in batches):
+        raise InputError("expected at least one batch of windows of 2 tokens or more (4 where halves are scored)")
+    nll, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    name = "causal perplexity" if causal else "perplexity"
+    for ids in tqdm(batches, desc=name, unit="batch", disable=not progress):
+        ids = ids.to(device)
+        first = ids.shape[1] // 2 if causal else 1
+        logits = _logits_of_second_half(model, ids, first) if causal else _logits(model, ids)
+        for sample, targets in zip(logits, ids[:, first:], strict=True):  # one at a time: logits in fp32 are large
+            nll += float(functional.cross_entropy(sample.float(), targets, reduction="sum"))
+        tokens += ids[:, first:].numel()
+    return Perplexity(nll, tokens)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1]
+
+
+def _logits_of_second_half(model: nn.Module, ids: Tensor, half: int) -> Tensor:
+    pruning = getattr(model, "ppgraph", None)
+    if not isinstance(pruning, Pruning) or not any(site.status == "pruned" for site in pruning.sites):
+        return _logits(model, ids)[:, half - 1 :]
+    with torch.no_grad():
+        begun = model(input_ids=ids[:, :half], use_cache=True)
+        call = Call(start=half, selection=pruning.runtime.selection)
+        rest = {"input_ids": ids[:, half:], "past_key_values": begun.past_key_values, "use_cache": True}
+        logits: Tensor = pruning.run("reuse", rest, call).logits
+    return torch.cat([begun.logits[:, -1:], logits[:, :-1]], dim=1)
+
+
+def dense_flops(model: nn.Module, batch: Tensor) -> int:
+    """FLOPs of one batch as `torch.utils.flop_counter` counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+    return int(counter.get_total_flops())
+
+
+@dataclass
+class Row:
+    """What was found of one model: the dense one (`config` is None) or a pruned one.
+
+    `found` holds perplexity, causal_perplexity, flops, probe_flops, time_ms, dense_time_ms and tasks, as measured.
+    """
+
+    name: str
+    config: dict[str, Any] | None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def saved(self, dense: Row) -> dict[str, float]:
+        """Shares of FLOPs and time saved, and PRR: perplexity points lost per percent of time (or FLOPs) saved."""
+        result = {}
+        lost = self.found.get("perplexity", math.nan) - dense.found.get("perplexity", math.nan)
+        if "flops" in self.found and "flops" in dense.found:
+            result["flops_saved"] = 1 - self.found["flops"] / dense.found["flops"]
+            result["prr_flops"] = _ratio(lost, 100 * result["flops_saved"])
+        if "time_ms" in self.found:
+            result["time_saved"] = 1 - self.found["time_ms"] / self.found["dense_time_ms"]
+            result["prr"] = _ratio(lost, 100 * result["time_saved"])
+        return result
+
+
+def _ratio(lost: float, saved: float) -> float:
+    return lost / saved if saved > 0 else math.nan
+
+
+@dataclass
+class Comparison:
+    """The dense model and methods beside it, measured alike."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def dense(self) -> Row:
+        """The dense model's row."""
+        return self.rows[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and rows, with what each saves, as JSON-ready values."""
+        return {
+            "settings": self.settings,
+            "rows": [
+                {"name": row.name, "config": row.config, **row.found}
+                | (row.saved(self.dense) if row.config is not None else {})
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        tasks = sorted({task for row in self.rows for task in row.found.get("tasks", {})})
+        table = []
+        for row in self.rows:
+            saved = row.saved(self.dense) if row.config is not None else {}
+            cells: dict[str, Any] = {"model": row.name}
+            cells["perplexity"] = row.found.get("perplexity")
+            cells["causal"] = row.found.get("causal_perplexity")
+            cells["FLOPs saved %"] = _percent(saved.get("flops_saved"))
+            cells["probe %"] = _percent(
+                _ratio(row.found.get("probe_flops", math.nan), self.dense.found.get("flops", 0))
+            )
+            cells["PRR (FLOPs)"] = saved.get("prr_flops")
+            cells["time saved %"] = _percent(saved.get("time_saved"))
+            cells["PRR"] = saved.get("prr")
+            cells |= {task: row.found.get("tasks", {}).get(task, {}).get("acc") for task in tasks}
+            table.append(
+                {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in cells.items()}
+            )
+        filled = [key for key in table[0] if any(line[key] is not None for line in table)]
+        shown = [{key: line[key] for key in filled} for line in table]
+        described = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value not in (None, (), []))
+        return f"{described}\n\n{tabulate(shown, headers='keys', floatfmt='.3f')}"
+
+    def plot(self, path: Path) -> None:
+        """Draw perplexity against the time saved (FLOPs saved where no time was measured), a curve a method.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
+        if importlib.util.find_spec("matplotlib") is None:
+            raise InputError("plots need matplotlib; run: pip install 'ppgraph[plot]'")
+        from matplotlib.figure import Figure
+
+        timed = all("time_ms" in row.found for row in self.rows[1:])
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        axes = figure.subplots()
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows[1:]:
+            assert row.config is not None
+            saved = row.saved(self.dense)["time_saved" if timed else "flops_saved"]
+            curves.setdefault(row.config["method"], []).append((100 * saved, row.found["perplexity"]))
+        for method, points in curves.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+        axes.axhline(self.dense.found["perplexity"], linestyle="--", color="grey", label="dense")
+        axes.set(xlabel=f"{'time' if timed else 'FLOPs'} saved, %", ylabel="perplexity", yscale="log")
+        axes.legend()
+        figure.savefig(path)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    configs: Mapping[str, PruneConfig],
+    *,
+    texts: Sequence[str],
+    calibration: str,
+    settings: Settings,
+    output: Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Measure a dense model and pruned twins of it.
+
+    Each measurement of a pruned model starts from the history that calibration left.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        configs: What to prune, by the name that the results carry.
+        texts: What perplexity is measured on; of several, each batch holds windows of all.
+        calibration: The text that fills the history.
+        settings: What to measure.
+        output: A JSON file, written after each measurement. What it holds already is not measured again.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        InputError: the texts are too short, or `output` holds results of other settings.
+    """
+    described = dataclasses.asdict(settings)
+    given = windows(tokenizer, texts, settings.length, seed=settings.seed)
+    wanted = None if settings.batches is None else settings.batches * settings.batch
+    if wanted is not None and len(given) < wanted:
+        raise InputError(f"{settings.batches} batches need {wanted} windows, but the text has {len(given)}")
+    batches = given[:wanted].split(settings.batch)
+    described |= {"windows": sum(map(len, batches)), "model": type(model).__name__}
+    calibrating = windows(tokenizer, [calibration], settings.length)[: settings.calibration_batches * settings.batch]
+    comparison = Comparison(described, _known_rows(output, described, configs))
+    bench = _Bench(model, tokenizer, settings, batches, calibrating.split(settings.batch), progress)
+    with tempfile.TemporaryDirectory(prefix="ppgraph-eval-") as folder:
+        for row in comparison.rows:
+            measured = bench.dense() if row.config is None else bench.pruned(configs[row.name], Path(folder))
+            for key, measure in measured.items():
+                if key not in row.found:
+                    if progress:
+                        tqdm.write(f"{row.name}: {key}", file=sys.stderr)
+                    row.found |= measure()
+                    _write(output, comparison)
+    return comparison
+
+
+@dataclass
+class _Bench:
+    """Everything that a row is measured on."""
+
+    model: nn.Module
+    tokenizer: Any
+    settings: Settings
+    batches: Sequence[Tensor]
+    calibration: Sequence[Tensor]
+    progress: bool
+
+    def dense(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """The dense model's measurements, by the key that says whether they are done."""
+        measured: dict[str, Callable[[], dict[str, Any]]] = {
+            "flops": lambda: {"flops": dense_flops(self.model, self.batches[0])}
+        }
+        return measured | self._quality(lambda: self.model)
+
+    def pruned(self, config: PruneConfig, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+        """The same for a pruned twin, which is made and calibrated when the first of them is asked for."""
+
+        @functools.cache
+        def calibrated() -> Any:
+            twin: Any = transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
+            if config.needs_history and self.calibration:
+                calibrate(twin, self.calibration, progress=self.progress)
+                twin.ppgraph.history.save(folder / "history")
+            return twin
+
+        def afresh() -> Any:
+            twin = calibrated()
+            if config.needs_history and self.calibration:
+                twin.ppgraph.history.load(folder / "history")
+            return twin
+
+        measured = self._quality(afresh)
+        measured["flops"] = lambda: self._flops(afresh())
+        if self.settings.repeats:
+            measured["time_ms"] = lambda: self._times(afresh())
+        return measured
+
+    def _quality(self, model: Callable[[], nn.Module]) -> dict[str, Callable[[], dict[str, Any]]]:
+        def score(key: str, causal: bool) -> dict[str, Any]:
+            return {key: perplexity(model(), self.batches, causal=causal, progress=self.progress).value}
+
+        measured: dict[str, Callable[[], dict[str, Any]]] = {"perplexity": lambda: score("perplexity", causal=False)}
+        if self.settings.causal:
+            measured["causal_perplexity"] = lambda: score("causal_perplexity", causal=True)
+        if self.settings.tasks:
+            tasks = [Path(task) for task in self.settings.tasks]
+            batch, limit = self.settings.batch, self.settings.task_limit
+            measured["tasks"] = lambda: {"tasks": zero_shot(model(), self.tokenizer, tasks, batch=batch, limit=limit)}
+        return measured
+
+    def _flops(self, twin: Any) -> dict[str, Any]:
+        if twin.ppgraph.runtime.last_shape != tuple(self.batches[0].shape):
+            perplexity(twin, self.batches[:1], progress=False)
+        cost = twin.ppgraph.report().cost.flops
+        return {"flops": cost.probe + cost.pruned, "probe_flops": cost.probe}
+
+    def _times(self, twin: nn.Module) -> dict[str, Any]:
+        """Median milliseconds of a batch, both compiled, in turns."""
+        dense = torch.compile(self.model)
+        ids = self.batches[0].to(next(self.model.parameters()).device)
+        times: dict[str, list[float]] = {"dense_time_ms": [], "time_ms": []}
+        for number in tqdm(range(WARM_UP + self.settings.repeats), desc="timing", disable=not self.progress):
+            for key, timed in (("dense_time_ms", dense), ("time_ms", twin)):
+                taken = _timed_ms(lambda timed=timed: timed(input_ids=ids, use_cache=False))  # type: ignore[misc]
+                if number >= WARM_UP:
+                    times[key].append(taken)
+        return {key: statistics.median(values) for key, values in times.items()}
+
+
+def _timed_ms(call: Callable[[], object]) -> float:
+    def synchronise() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    synchronise()
+    start = time.perf_counter()
+    with torch.no_grad():
+        call()
+    synchronise()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _known_rows(output: Path | None, settings: Mapping[str, Any], configs: Mapping[str, PruneConfig]) -> list[Row]:
+    """One row for the dense model and each config, with what an earlier run has left in `output`."""
+    rows = [Row("dense", None), *(Row(name, config.to_dict()) for name, config in configs.items())]
+    if output is None or not output.exists():
+        return rows
+    try:
+        known = json.loads(output.read_text(encoding="utf-8"))
+        by_name = {row["name"]: row for row in known["rows"]}
+        other = {name for name in settings if known["settings"].get(name) != json.loads(json.dumps(settings[name]))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{output} holds no results of this command ({error}); name another file") from None
+    if other:
+        raise InputError(f"{output} holds results of other settings ({', '.join(sorted(other))}); name another file")
+    for row in rows:
+        found = by_name.get(row.name)
+        if found is not None and found["config"] == row.config:
+            row.found = {key: value for key, value in found.items() if key in _FOUND}
+    return rows
+
+
+_FOUND = (
+    "perplexity",
+    "causal_perplexity",
+    "flops",
+    "probe_flops",
+    "time_ms",
+    "dense_time_ms",
+    "tasks",
+)
+
+
+def _write(output: Path | None, comparison: Comparison) -> None:
+    """Replace the results file in one step, so that an interruption leaves the old one or the new one."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f"{output.name}.part{os.getpid()}")
+    part.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    part.replace(output)

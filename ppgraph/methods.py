@@ -1,0 +1,412 @@
+"""What a pruning method is made of: four small pieces, each registered under a name that `PruneConfig` takes.
+
+A method never touches a graph. It is plain tensor code; the passes trace it into the graph of whatever model is
+compiled, so a method that works on one family works on all of them, symbolic batch and sequence included.
+
+**Observation** (`PruneConfig.observed`, `register_observation`): what is remembered of the channels that enter a site's
+exit linear. It names the tensors that a site's history holds, each [positions, C] fp32, and says how a calibration
+batch changes them and what a batch of full inference shows (which the history then moves towards, by its momentum).
+The *first* tensor is g, what scores read; the others may serve compensations.
+
+**Score** (`PruneConfig.score`, `register_score`): how much a unit matters. From f [C] (the observation summed over
+tokens: the probe's, the history's, or both fused, as `PruneConfig.statistics` says) and a weight term [C], which only
+the exit weight decides and which is computed once, it gives a score for each channel, and a rule gathers the channels
+of a head. Each batch keeps the units with the highest scores.
+
+**Allocation** (`PruneConfig.allocation`, `register_allocation`): how many units each site keeps. Python ints, decided
+once calibration is over, so every shape stays static; when they change, the model's graphs are captured anew. Until
+then, and with `"uniform"`, every layer loses the same share.
+
+**Compensation** (`PruneConfig.compensation`, `register_compensation`): what the exit linear does about the channels it
+lost: the weight that it has for those it kept, and a constant that it gains, from its whole weight, the kept channels
+and what the history remembers. It runs once a batch, so what it costs does not grow with the number of tokens.
+
+A score that looks at the largest weight instead of their norm, and a method that uses it on calibration data alone:
+
+    import ppgraph
+
+    ppgraph.register_score(
+        "peak",
+        channels=lambda f, weight_term: f.sqrt() * weight_term,
+        weight_term=lambda weight: weight.abs().amax(0),
+        units=lambda channels: channels.amax(1),
+    )
+    pruned = ppgraph.transform(model, ratio=0.3, score="peak", statistics="history")
+
+Traced code must not read values (`.item()`, `if tensor:`), must not make tensors of its own out of data, and must give
+the shapes stated here; what breaks this raises MethodError when the graph is made, naming the method.
+
+Symbols: B samples, S positions, D hidden size, C channels of a site, C' kept ones, U units (heads or channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppgraph.config import KNOWN_ALLOCATIONS, KNOWN_COMPENSATIONS, KNOWN_OBSERVATIONS, KNOWN_SCORES
+from ppgraph.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppgraph.config import PruneConfig
+    from ppgraph.passes.base import Site
+
+Memory = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the history holds of a site.
+
+    Attributes:
+        tensors: Names of what is held, each [positions, C] fp32 from 0 on. Scores read the first.
+        moments: Names of what is held without positions, each [C, C] fp32 from 0 on; only calibration changes them.
+            They take C/positions times the memory of a tensor.
+        calibrate: (memory at the batch's positions {name: [S, C], moment: [C, C]}, y [B, S, C], real [B, S] bool or
+            None, seen [S]) -> the same after these samples. `seen` counts those observed before at each position.
+        batch: (y, real) -> {name: [S, C]} without moments, what one batch shows on its own: the probe's state, and
+            what full inference moves the history towards.
+
+    y is fp32 with each sample's first real token at position 0. Where `real` is False it holds anything but NaN;
+    None means that all tokens are real.
+    """
+
+    tensors: tuple[str, ...]
+    calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory]
+    batch: Callable[[Tensor, Tensor | None], Memory]
+    moments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How much a unit matters.
+
+    Attributes:
+        channels: (f [C], weight term [C]) -> [C], fp32.
+        weight_term: exit weight [D, C] in fp32 -> [C]. Computed once, outside the graph.
+        units: channels by unit [U, C/U] -> [U]. Not called where a unit is one channel.
+    """
+
+    channels: Callable[[Tensor, Tensor], Tensor]
+    weight_term: Callable[[Tensor], Tensor]
+    units: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site that an allocation decides about.
+
+    Attributes:
+        site: Its name, kind, layer, width and units; `unit_macs` are the multiply-adds a token of a unit's linears.
+        scores: The configured score of every channel [C] fp32, from calibration alone.
+        memory: The site's history {name: [positions, C]}, at the positions that calibration saw.
+        step: Units that are best dropped together (`width_multiple` for an MLP, 1 for heads).
+        losses: For allocations that ask for them, the estimated rise of the model's loss, in nats a token, when the
+            least important 0, 1, 2, ... steps of units go: [levels + 1].
+    """
+
+    site: Site
+    scores: Tensor
+    memory: Memory
+    step: int = 1
+    losses: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions that calibration saw."""
+        return len(next(iter(self.memory.values())))
+
+    @property
+    def unit_macs(self) -> float:
+        """Multiply-adds a token of one unit, attention itself included."""
+        attention = 2 * self.positions * self.site.block if self.site.kind == "attention" else 0
+        return float(self.site.unit_macs + attention)
+
+
+Allocate = Callable[[Sequence[Candidate], float], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many units each site keeps.
+
+    Attributes:
+        allocate: (candidates in the model's order, ratio of each layer that is not skipped) -> {site name: units kept}.
+            Sites left out keep all. MLP widths are rounded up to `width_multiple` afterwards.
+        by_loss: Whether candidates must come with `losses`, which take a backward pass over some calibration samples.
+    """
+
+    allocate: Allocate
+    by_loss: bool = False
+
+
+Compensate = Callable[[Tensor, Tensor, Memory], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What the exit linear does about lost channels.
+
+    Attributes:
+        compensate: (exit weight [D, C] in the model's dtype, kept channels [C'] int64, memory) -> (weight [D, C'],
+            constant [D] or None), fp32 or the model's dtype. The memory holds the history's tensors averaged over the
+            positions that calibration saw, {name: [C]}, and its moments, {name: [C, C]}.
+        needs: What the memory must hold, so that a config that does not observe it is refused.
+    """
+
+    compensate: Compensate
+    needs: tuple[str, ...] = ()
+
+
+OBSERVATIONS: Final[dict[str, Observation]] = {}
+SCORES: Final[dict[str, Score]] = {}
+ALLOCATIONS: Final[dict[str, Allocation | None]] = {"uniform": None}
+COMPENSATIONS: Final[dict[str, Compensation | None]] = {"none": None}
+
+Piece = TypeVar("Piece")
+
+# The share of a channel's energy that least squares takes for noise: kept channels that rarely fire stay finite.
+DAMPING: Final = 0.01
+TINY: Final = 1e-12
+
+
+def register_observation(
+    name: str,
+    *,
+    tensors: Sequence[str],
+    calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory],
+    batch: Callable[[Tensor, Tensor | None], Memory],
+    moments: Sequence[str] = (),
+) -> None:
+    """Make `PruneConfig(observed=name)` possible; the arguments are those of `Observation`.
+
+    Raises:
+        ConfigError: the name is taken or no identifier-like string, or there are no tensors.
+    """
+    names = (*tensors, *moments)
+    if not tensors or len(set(names)) != len(names) or any(":" in held for held in names):
+        raise ConfigError(f"observation {name!r}: expected different names of tensors and moments, found {names}")
+    observation = Observation(tuple(tensors), calibrate, batch, tuple(moments))
+    _register(name, observation, OBSERVATIONS, KNOWN_OBSERVATIONS)
+
+
+def register_score(
+    name: str,
+    channels: Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight_term: Callable[[Tensor], Tensor] = lambda weight: weight.square().sum(0),
+    units: Callable[[Tensor], Tensor] = lambda channels: channels.sum(1),
+) -> None:
+    """Make `PruneConfig(score=name)` possible; the arguments are those of `Score`.
+
+    Raises:
+        ConfigError: the name is taken or no identifier-like string.
+    """
+    _register(name, Score(channels, weight_term, units), SCORES, KNOWN_SCORES)
+
+
+def register_allocation(name: str, allocate: Allocate, *, by_loss: bool = False) -> None:
+    """Make `PruneConfig(allocation=name)` possible; the arguments are those of `Allocation`.
+
+    Raises:
+        ConfigError: the name is taken or no identifier-like string.
+    """
+    _register(name, Allocation(allocate, by_loss), ALLOCATIONS, KNOWN_ALLOCATIONS)
+
+
+def register_compensation(name: str, compensate: Compensate, *, needs: Sequence[str] = ()) -> None:
+    """Make `PruneConfig(compensation=name)` possible; the arguments are those of `Compensation`.
+
+    Raises:
+        ConfigError: the name is taken or no identifier-like string.
+    """
+    _register(name, Compensation(compensate, tuple(needs)), COMPENSATIONS, KNOWN_COMPENSATIONS)
+
+
+def require_consistent(config: PruneConfig) -> None:
+    """Refuse a config whose pieces don't fit each other.
+
+    Raises:
+        ConfigError: its compensation needs what its observation does not hold.
+    """
+    compensation, observation = COMPENSATIONS[config.compensation], OBSERVATIONS[config.observed]
+    missing = set(compensation.needs if compensation else ()) - {*observation.tensors, *observation.moments}
+    if missing:
+        raise ConfigError(
+            f"compensation={config.compensation!r} needs {', '.join(sorted(missing))}, which "
+            f"observed={config.observed!r} does not hold"
+        )
+
+
+def _register(name: str, piece: Piece, pieces: dict[str, Piece], known: set[str]) -> None:
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise ConfigError(f"expected a name such as 'my-score', found {name!r}")
+    if name in pieces:
+        raise ConfigError(f"{name!r} is registered already; choose another name")
+    pieces[name] = piece
+    known.add(name)
+
+
+def _count(y: Tensor, real: Tensor | None) -> Tensor | int:
+    """Samples with a real token, at each position [S] or at all of them."""
+    return y.shape[0] if real is None else real.sum(0)
+
+
+def _only_real(values: Tensor, real: Tensor | None) -> Tensor:
+    return values if real is None else torch.where(real.unsqueeze(2), values, 0.0)
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """[B, S, C] -> [S, C] over the samples that have a real token there, 0 without any."""
+    if real is None:
+        return values.mean(0)
+    return _only_real(values, real).sum(0) / real.sum(0).clamp(min=1).unsqueeze(1)
+
+
+def _running_mean(mean: Tensor, values: Tensor, real: Tensor | None, seen: Tensor) -> Tensor:
+    after = (seen + _count(values, real)).clamp(min=1).unsqueeze(1)
+    return (mean * seen.unsqueeze(1) + _only_real(values, real).sum(0)) / after
+
+
+def _calibrate_squares(memory: Memory, y: Tensor, real: Tensor | None, seen: Tensor) -> Memory:
+    return {"mean-square": _running_mean(memory["mean-square"], y * y, real, seen)}
+
+
+def _batch_squares(y: Tensor, real: Tensor | None) -> Memory:
+    return {"mean-square": _mean(y * y, real)}
+
+
+def _over_positions(values: Tensor, places: Tensor | None) -> Tensor:
+    """[S, C] -> [C]: mean over the positions that exist."""
+    if places is None:
+        return values.mean(0)
+    return torch.where(places.unsqueeze(1), values, 0.0).sum(0) / places.sum().clamp(min=1)
+
+
+def _calibrate_fluctuation(memory: Memory, y: Tensor, real: Tensor | None, seen: Tensor) -> Memory:
+    """FLAP's running variance around the mean over samples *and* positions; the first group gives none."""
+    places = None if real is None else real.any(0)
+    mean = _running_mean(memory["mean"], y, real, seen)
+    old, new = _over_positions(memory["mean"], places), _over_positions(mean, places)
+    count = _count(y, real)
+    spread = _only_real((y - new) * (y - old), real).sum(0)
+    before = (seen - 1) / (seen + count - 1).clamp(min=1)
+    after = (seen + count).clamp(min=1)
+    variance = memory["variance"] * before.unsqueeze(1) + spread / after.unsqueeze(1)
+    return {"variance": torch.where(seen.unsqueeze(1) > 0, variance, 0.0), "mean": mean}
+
+
+def _batch_fluctuation(y: Tensor, real: Tensor | None) -> Memory:
+    mean = _mean(y, real)
+    centre = _over_positions(mean, None if real is None else real.any(0))
+    return {"variance": _mean((y - centre).square(), real), "mean": mean}
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / scores.std().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _global_threshold(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, int]:
+    """FLAP: of all units of all sites the least important go, until they make up `ratio` of the whole cost."""
+    if not candidates:
+        return {}
+    scores = [
+        _standardised(candidate.scores).view(candidate.site.units, candidate.site.block).mean(1)
+        for candidate in candidates
+    ]
+    costs = [torch.full_like(score, candidate.unit_macs) for score, candidate in zip(scores, candidates, strict=True)]
+    ordered, order = torch.sort(torch.cat(scores), stable=True)
+    spent = torch.cat(costs).double()[order].cumsum(0)
+    last = int((spent <= ratio * spent[-1]).sum())
+    threshold = ordered[min(last, len(ordered) - 1)]
+    return {
+        candidate.site.name: candidate.site.units - int((score <= threshold).sum())
+        for candidate, score in zip(candidates, scores, strict=True)
+    }
+
+
+def _least_loss(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, int]:
+    """The widths that cost the least loss at `ratio` of all multiply-adds: a knapsack over the convex hulls."""
+    segments = [segment for candidate in candidates for segment in _hull(candidate)]
+    left = ratio * sum(candidate.unit_macs * candidate.site.units for candidate in candidates)
+    kept = {candidate.site.name: candidate.site.units for candidate in candidates}
+    full: set[str] = set()
+    for _, name, dropped, cost in sorted(segments, key=lambda segment: segment[0]):
+        if cost > left:
+            full.add(name)
+        elif name not in full:
+            kept[name] -= dropped
+            left -= cost
+    return kept
+
+
+def _hull(candidate: Candidate) -> list[tuple[float, str, int, float]]:
+    """The lower convex hull of a site's losses, as (loss a multiply-add, site, units dropped, multiply-adds saved)."""
+    assert candidate.losses is not None
+    units, losses = candidate.site.units, candidate.losses.tolist()
+    dropped = [min(level * candidate.step, units) for level in range(len(losses))]
+    found, at = [], 0
+    while at + 1 < len(losses):
+        slopes = [(losses[end] - losses[at]) / (dropped[end] - dropped[at]) for end in range(at + 1, len(losses))]
+        best = min(range(len(slopes)), key=lambda place: (slopes[place], -place))
+        end = at + 1 + best
+        count = dropped[end] - dropped[at]
+        cost = count * candidate.unit_macs
+        found.append((slopes[best] / candidate.unit_macs, candidate.site.name, count, cost))
+        at = end
+    return found
+
+
+def _mean_output(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+    """FLAP's: W·m over the dropped channels."""
+    return weight.index_select(1, kept), weight.float() @ memory["mean"].index_fill(0, kept, 0.0)
+
+
+def _calibrate_second_moment(memory: Memory, y: Tensor, real: Tensor | None, seen: Tensor) -> Memory:
+    tokens = _only_real(y, real).flatten(0, 1)
+    return {**_calibrate_squares(memory, y, real, seen), "moment": memory["moment"] + tokens.t() @ tokens}
+
+
+def _least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+    """The weight on kept channels that comes closest to the whole output on calibration: W·M[:,K]·M[K,K]^-1.
+
+    M [C, C] is the sum of y·yT over calibration's tokens. O(C'^3 + D·C·C') a batch, whatever its tokens.
+    """
+    rows = memory["moment"].index_select(0, kept)
+    among_kept = rows.index_select(1, kept)
+    diagonal = among_kept.diagonal()
+    damped = among_kept + torch.diag_embed(DAMPING * diagonal + DAMPING**2 * diagonal.mean().clamp(min=TINY))
+    solved = torch.linalg.solve(damped, rows @ weight.float().t())
+    return solved.t(), None
+
+
+register_observation("mean-square", tensors=("mean-square",), calibrate=_calibrate_squares, batch=_batch_squares)
+register_observation(
+    "fluctuation", tensors=("variance", "mean"), calibrate=_calibrate_fluctuation, batch=_batch_fluctuation
+)
+register_score(
+    "ppsp",
+    lambda f, weight_term: f * weight_term,
+    # The norm of the squared column; fp32, because W^4 underflows in fp16.
+    weight_term=lambda weight: weight.square().square().sum(0).sqrt(),
+    units=lambda channels: channels.square().sum(1).sqrt(),
+)
+register_score(
+    "wanda-sp", lambda f, weight_term: f.sqrt() * weight_term, weight_term=lambda weight: weight.abs().sum(0)
+)
+register_score("flap", lambda f, weight_term: f * weight_term, units=lambda channels: channels.mean(1))
+register_allocation("global", _global_threshold)
+register_allocation("least-loss", _least_loss, by_loss=True)
+register_compensation("mean", _mean_output, needs=("mean",))
+register_observation(
+    "second-moment",
+    tensors=("mean-square",),
+    moments=("moment",),
+    calibrate=_calibrate_second_moment,
+    batch=_batch_squares,
+)
+register_compensation("least-squares", _least_squares, needs=("moment",))

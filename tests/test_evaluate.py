@@ -1,0 +1,221 @@
+"""Quality measured: what a number is taken on, and that an interrupted comparison goes on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+import ppgraph
+from ppgraph import evaluate
+from ppgraph.commands import evaluate as command
+from ppgraph.errors import InputError
+from ppgraph.evaluate import Settings, compare, dense_flops, perplexity, windows
+from ppgraph.zero_shot import read_task, real_tokens, task_config, zero_shot
+from tests.reference import masked_dense_logits
+from tests.test_exactness import SIZES, llama
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[ord(letter) % 97 for letter in text]]))
+
+
+TEXT = "The cat sat on the mat, and the dog lay by the door. " * 20
+OTHER = "Rain fell; nobody came. " * 40
+SETTINGS = Settings(length=16, batch=3, batches=2, calibration_batches=1, lowering="eager")
+CONFIGS = {
+    "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **SIZES),
+    "full-batch 0.4": ppgraph.PruneConfig(ratio=0.4, method="full-batch", **SIZES),
+}
+
+
+def measured(output: Path | None = None, settings: Settings = SETTINGS, model: Any = None) -> evaluate.Comparison:
+    return compare(
+        model or llama(2),
+        Letters(),
+        CONFIGS,
+        texts=[TEXT],
+        calibration=OTHER,
+        settings=settings,
+        output=output,
+        progress=False,
+    )
+
+
+def test_windows_follow_each_other_and_texts_alternate() -> None:
+    alone = windows(Letters(), [TEXT], 16)
+    assert alone.flatten().tolist() == [ord(letter) % 97 for letter in TEXT[: alone.numel()]]
+    mixed = windows(Letters(), [TEXT, OTHER], 16)
+    assert torch.equal(mixed[0::2], alone[: len(mixed) // 2])
+    assert torch.equal(mixed[1], windows(Letters(), [OTHER], 16)[0])
+    shuffled = windows(Letters(), [TEXT], 16, seed=3)
+    assert not torch.equal(shuffled, alone)
+    assert sorted(shuffled.tolist()) == sorted(alone.tolist())
+    with pytest.raises(InputError, match="at least 16 tokens, found 3"):
+        windows(Letters(), ["abc"], 16)
+
+
+def test_perplexity_is_that_of_all_predictions() -> None:
+    model, ids = llama(2), windows(Letters(), [TEXT], 16)[:5]
+    found = perplexity(model, ids.split(3), progress=False)
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found.tokens == 5 * 15
+    assert math.log(found.value) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_causal_perplexity_of_the_dense_model_is_that_of_second_halves() -> None:
+    model, ids = llama(2), windows(Letters(), [TEXT], 16)[:3]
+    with torch.no_grad():
+        logits = model(ids).logits
+    expected = functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
+    found = perplexity(model, [ids], causal=True, progress=False)
+    assert (found.tokens, math.log(found.value)) == (3 * 8, pytest.approx(float(expected), rel=1e-5))
+
+
+def test_causal_perplexity_chooses_from_first_halves_alone() -> None:
+    model, ids = llama(2), windows(Letters(), [TEXT], 16)[:3]
+    pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+    found = perplexity(pruned, [ids], causal=True, progress=False)
+    alone = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+    alone(input_ids=ids[:, :8], use_cache=False)
+    selection = alone.ppgraph.selection()
+    logits = masked_dense_logits(model, selection, ids)
+    expected = functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
+    assert math.log(found.value) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_comparison_measures_all_alike() -> None:
+    comparison = measured()
+    dense, *rows = comparison.rows
+    assert [row.name for row in comparison.rows] == ["dense", *CONFIGS]
+    assert dense.found["flops"] == dense_flops(llama(2), windows(Letters(), [TEXT], 16)[:3])
+    for row, config in zip(rows, CONFIGS.values(), strict=True):
+        pruned = ppgraph.transform(llama(2), config, lowering="eager")
+        if config.needs_history:
+            ppgraph.calibrate(pruned, [windows(Letters(), [OTHER], 16)[:3]], progress=False)
+        batches = windows(Letters(), [TEXT], 16)[:6].split(3)
+        assert row.found["perplexity"] == pytest.approx(perplexity(pruned, batches, progress=False).value)
+        saved = row.saved(dense)
+        lost = row.found["perplexity"] - dense.found["perplexity"]
+        assert saved["prr_flops"] == pytest.approx(lost / (100 * saved["flops_saved"]))
+    assert "full-batch 0.4" in str(comparison)
+    assert "length 16, batch 3" in str(comparison)
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "results.json"
+    whole = measured().to_dict()
+    measure = evaluate.perplexity
+    calls = []
+
+    def interrupted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["causal"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(model, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "perplexity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(output)
+    assert len(json.loads(output.read_text())["rows"]) == 3
+    calls.clear()
+    monkeypatch.setattr(evaluate, "perplexity", lambda *args, **kwargs: calls.append(1) or measure(*args, **kwargs))
+    again = measured(output).to_dict()
+    assert len(calls) == 3  # of six: the three before the interruption are not measured again
+    assert again == json.loads(output.read_text())
+    for row, expected in zip(again["rows"], whole["rows"], strict=True):
+        assert row["perplexity"] == pytest.approx(expected["perplexity"])
+        assert row["causal_perplexity"] == pytest.approx(expected["causal_perplexity"])
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    output.write_text(json.dumps({"settings": {"length": 8}, "rows": []}))
+    with pytest.raises(InputError, match=r"holds results of other settings \(.*length.*\); name another file"):
+        measured(output)
+    output.write_text("no JSON")
+    with pytest.raises(InputError, match="holds no results of this command"):
+        measured(output)
+    assert output.read_text() == "no JSON"
+
+
+@pytest.mark.parametrize("bad", [{"length": 1}, {"batch": 0}, {"repeats": 2, "lowering": "eager"}])
+def test_bad_settings_raise(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Settings(**bad)
+
+
+def test_too_little_text_raises() -> None:
+    with pytest.raises(InputError, match="1000 batches need 3000 windows, but the text has"):
+        measured(settings=Settings(length=16, batch=3, batches=1000, lowering="eager"))
+
+
+def test_the_command_needs_a_tokenizer(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("<doc id=1>\n" + TEXT + "\n</doc>\n")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["config:llama", "--text", str(text), "--calibration", str(text)])
+    with pytest.raises(InputError, match="has no tokenizer to read a text with"):
+        command.run(args)
+    assert command._read(text) == TEXT + "\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
+def test_a_plot_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"pip install 'ppgraph\[plot\]'"):
+        measured().plot(tmp_path / "plot.png")
+
+
+def test_padding_of_lm_eval_is_found() -> None:
+    ids = torch.tensor([[3, 0, 4, 0, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    assert real_tokens(ids).tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no questions"),
+        ("{", "1 is no JSON"),
+        ('{"query": "a"}', r"1 has \['query'\], expected a question with"),
+    ],
+)
+def test_bad_tasks_raise(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_task(path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_zero_shot_says_what_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"query": "Question: a", "choices": ["b", "c"], "gold": 1}')
+    with pytest.raises(InputError, match=r"pip install 'ppgraph\[eval\]'"):
+        zero_shot(llama(2), Letters(), [path])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval, of the extra [eval]")
+def test_questions_are_asked_as_lm_eval_asks() -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    asked = [{"query": "Question: a", "choices": ["b", "c"], "gold": 1}]
+    task = ConfigurableTask(config=task_config("mine", asked))
+    requests = task.construct_requests(asked[0], task.doc_to_text(asked[0]), metadata=("mine", 0, 1))
+    assert [request.args for request in requests] == [
+        ("Question: a\nAnswer:", " b"),
+        ("Question: a\nAnswer:", " c"),
+    ]

@@ -1,0 +1,422 @@
+"""Methods as registered pieces: FLAP against the reference, and pieces of a user's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import ppgraph
+from ppgraph import config as config_module
+from ppgraph import methods
+from ppgraph.errors import ConfigError, GraphError, HistoryError, MethodError
+from ppgraph.passes import Site
+from ppgraph.sensitivity import expected_losses
+from tests.reference import Reference, find_exit, masked_dense_logits
+from tests.test_exactness import FOUR, SIZES, batch, llama, relative
+
+# Groups of unequal sizes and lengths: positions count their own samples.
+CALIBRATION = [batch(4, 12), batch(1, 12), batch(3, 9, "right"), batch(2, 14, "left")]
+
+
+@pytest.fixture(autouse=True)
+def no_piece_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kinds = ("OBSERVATIONS", "SCORES", "ALLOCATIONS", "COMPENSATIONS")
+    before = [(dict(getattr(methods, kind)), set(getattr(config_module, f"KNOWN_{kind}"))) for kind in kinds]
+    yield
+    for kind, (pieces, known) in zip(kinds, before, strict=True):
+        for now, then in ((getattr(methods, kind), pieces), (getattr(config_module, f"KNOWN_{kind}"), known)):
+            now.clear()
+            now.update(then)
+
+
+def flap_pair(model: Any, ratio: float, **config: Any) -> tuple[Any, Reference]:
+    """A calibrated FLAP model and a calibrated reference."""
+    pruned = ppgraph.transform(model, method="flap", ratio=ratio, lowering="eager", **config)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    reference = Reference(model, ratio=ratio, statistics="history", score="flap", flap=True, **config)
+    reference.calibrate(CALIBRATION)
+    return pruned, reference
+
+
+def require_same(pruned: Any, reference: Reference, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    for inputs in batches:
+        logits = pruned(**inputs, use_cache=False).logits
+        expected = reference(**inputs)
+        selection = pruned.ppgraph.selection()
+        assert {name: kept.tolist() for name, kept in selection.items()} == {
+            name: kept.tolist() for name, kept in expected.selection.items()
+        }
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        assert relative(logits[real], expected.logits[real]) < 1e-5
+
+
+@pytest.mark.parametrize(("kv_heads", "bias", "ratio"), [(4, False, 0.5), (2, True, 0.2), (2, False, 0.5)])
+def test_flap_equals_the_reference(kv_heads: int, bias: bool, ratio: float) -> None:
+    pruned, reference = flap_pair(llama(kv_heads, layers=3, bias=bias), ratio, **SIZES)
+    assert pruned.ppgraph.history.allocation == reference.allocated
+    for name, known in reference.fluctuation.items():
+        held = pruned.ppgraph.history.memory(name)
+        torch.testing.assert_close(held["variance"][: len(known.variance)], known.variance, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(held["mean"][: len(known.mean)], known.mean, rtol=1e-4, atol=1e-6)
+    require_same(pruned, reference, FOUR[:2])
+
+
+def quiet_heads(model: Any, layer: int) -> Any:
+    """A layer whose heads barely reach its output, so that a global threshold takes them all."""
+    with torch.no_grad():
+        attention = model.model.layers[layer].self_attn
+        weight = attention.o_proj.weight
+        # Standardised within the layer, a head counts for less the more of its score one other channel holds.
+        weight.mul_(1e-3)
+        weight[:, 0].mul_(1e4)
+    return model
+
+
+@pytest.mark.parametrize(("kv_heads", "bias"), [(4, True), (2, False)])
+def test_a_layer_may_lose_all_its_heads(kv_heads: int, bias: bool) -> None:
+    methods.register_allocation(
+        "headless",
+        lambda candidates, ratio: {c.site.name: 0 if c.site.kind == "attention" else 64 for c in candidates},
+    )
+    model = llama(kv_heads, bias=bias)
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="headless", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    for inputs in FOUR[:2]:
+        logits = pruned(**inputs, use_cache=False).logits
+        selection = pruned.ppgraph.selection()
+        assert selection["model.layers.1.self_attn"].tolist() == []
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        masked = masked_dense_logits(model, selection, **inputs)
+        assert relative(logits[real], masked[real]) < 1e-5
+
+
+def test_flap_itself_can_take_all_heads_of_a_layer() -> None:
+    model = llama(2, layers=3)
+    for layer in (1, 2):
+        quiet_heads(model, layer)
+    pruned, reference = flap_pair(model, 0.7, **SIZES)
+    assert 0 in [kept for name, kept in reference.allocated.items() if name.endswith("self_attn")]
+    require_same(pruned, reference, FOUR[:2])
+
+
+def test_a_headless_layer_decodes_with_a_cache() -> None:
+    methods.register_allocation("headless", lambda candidates, ratio: {c.site.name: 0 for c in candidates[:1]})
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="headless", decode="reuse", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    inputs = batch(2, 9)
+    first = pruned(**inputs, use_cache=True)
+    following = torch.full((2, 1), 7)
+    step = pruned(input_ids=following, past_key_values=first.past_key_values).logits
+    whole = torch.cat([inputs["input_ids"], following], dim=1)
+    masked = masked_dense_logits(model, pruned.ppgraph.selection(), whole)
+    assert relative(step[:, -1], masked[:, -1]) < 1e-5
+
+
+def test_compensation_reaches_decoding() -> None:
+    model = llama(2)
+    pruned, reference = flap_pair(model, 0.4, **SIZES)
+    inputs = batch(2, 9)
+    first = pruned(**inputs, use_cache=True)
+    following = torch.full((2, 1), 7)
+    step = pruned(input_ids=following, past_key_values=first.past_key_values).logits
+    selection = pruned.ppgraph.selection()
+    handles = []
+    for name, kept in selection.items():
+        exit_linear = find_exit(model, name)
+        mean = reference.fluctuation[name].centre.clone()
+        mean[kept] = 0
+        constant = exit_linear.weight @ mean
+        handles.append(exit_linear.register_forward_hook(lambda m, a, out, constant=constant: out + constant))
+    whole = torch.cat([inputs["input_ids"], following], dim=1)
+    expected = masked_dense_logits(model, selection, whole)
+    for handle in handles:
+        handle.remove()
+    assert relative(step[:, -1], expected[:, -1]) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_least_squares_comes_closest_to_the_dense_output(kv_heads: int) -> None:
+    """The weight on kept channels is that of a regression on the calibration activations themselves."""
+    model = llama(kv_heads, bias=True)
+    pruned = ppgraph.transform(
+        model, ratio=0.4, observed="second-moment", compensation="least-squares", lowering="eager", **SIZES
+    )
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    inputs = batch(3, 12)
+    logits = pruned(**inputs, use_cache=False).logits
+    weights: dict[str, Tensor] = {}
+    for name, kept in pruned.ppgraph.selection().items():
+        y = calibration_inputs(model, name).double()
+        exit_linear = find_exit(model, name)
+        energy = y[:, kept].square().sum(0)
+        damping = 0.01 * energy + 0.0001 * energy.mean()
+        rows = torch.cat([y[:, kept], damping.sqrt().diag()])
+        wanted = torch.cat([y @ exit_linear.weight.double().T, torch.zeros(len(kept), 64).double()])
+        # Damping pulls towards 0 on the kept channels only: the same system as in the graph.
+        weights[name] = torch.zeros_like(exit_linear.weight)
+        weights[name][:, kept] = torch.linalg.lstsq(rows, wanted).solution.T.float()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            find_exit(model, name).weight.copy_(weight)
+        expected = model(**inputs, use_cache=False).logits
+    assert relative(logits, expected) < 1e-3
+
+
+def calibration_inputs(model: Any, name: str) -> Tensor:
+    """The exit linear's inputs [tokens, C] at real tokens of the calibration."""
+    found: list[Tensor] = []
+    handle = find_exit(model, name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    real = []
+    with torch.no_grad():
+        for inputs in CALIBRATION:
+            model(**inputs, use_cache=False)
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            real.append(found.pop()[mask])
+    handle.remove()
+    return torch.cat(real)
+
+
+def test_pieces_that_do_not_fit_each_other_raise() -> None:
+    with pytest.raises(ConfigError, match="'least-squares' needs moment, which observed='mean-square' does not hold"):
+        ppgraph.transform(llama(2), lowering="eager", compensation="least-squares")
+
+
+def test_a_probe_alone_is_calibrated_where_its_widths_are() -> None:
+    methods.register_allocation(
+        "halves", lambda candidates, ratio: {c.site.name: c.site.units // 2 for c in candidates}
+    )
+    pruned = ppgraph.transform(llama(2), ratio=0.4, statistics="probe", allocation="halves", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    assert [site.kept for site in pruned.ppgraph.sites] == [64, 128, 32, 64]
+
+
+def test_without_calibration_the_widths_are_uniform() -> None:
+    pruned = ppgraph.transform(llama(2), method="flap", ratio=0.5, lowering="eager", **SIZES)
+    pruned(**FOUR[0], use_cache=False)
+    assert [site.kept for site in pruned.ppgraph.sites] == [64, 128, 32, 64]
+
+
+def test_new_widths_are_captured_anew() -> None:
+    counts = iter((16, 24))
+    methods.register_allocation("counted", lambda candidates, ratio: {candidates[-1].site.name: next(counts)})
+    pruned = ppgraph.transform(llama(2), ratio=0.5, allocation="counted", lowering="eager", **SIZES)
+    pruned(**FOUR[0], use_cache=False)
+    kept = []
+    for _ in range(2):
+        ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+        pruned(**FOUR[0], use_cache=False)
+        assert [site.status for site in pruned.ppgraph.sites] == ["dense", "dense", "dense", "pruned"]
+        kept.append(len(pruned.ppgraph.selection()["model.layers.1.mlp"]))
+    assert kept == [16, 24]
+
+
+def test_a_compiled_model_says_that_its_widths_are_old() -> None:
+    torch._dynamo.reset()
+    model = llama(2)
+    compiled = torch.compile(model, backend="ppgraph", options={"ratio": 0.5, "allocation": "global", **SIZES})
+    runtime = ppgraph.backend.pruning_of(
+        model, ppgraph.PruneConfig(ratio=0.5, allocation="global", **SIZES), {}
+    ).runtime
+    runtime.lowering = "eager"
+    with torch.no_grad():
+        compiled(**FOUR[0], use_cache=False)
+        ppgraph.calibrate(compiled, CALIBRATION[:1], progress=False)
+        with pytest.raises(GraphError, match=r"captured before that; call torch.compiler.reset\(\)"):
+            compiled(**FOUR[0], use_cache=False)
+        torch.compiler.reset()
+        compiled(**FOUR[0], use_cache=False)
+
+
+def test_widths_and_all_statistics_are_saved(tmp_path: Path) -> None:
+    model = llama(2, layers=3)
+    pruned, _ = flap_pair(model, 0.5, **SIZES)
+    expected = pruned(**FOUR[1], use_cache=False).logits
+    pruned.ppgraph.history.save(tmp_path)
+    other = ppgraph.transform(model, method="flap", ratio=0.5, lowering="eager", **SIZES)
+    other(**FOUR[1], use_cache=False)
+    other.ppgraph.history.load(tmp_path)
+    assert torch.equal(other(**FOUR[1], use_cache=False).logits, expected)
+    plain = ppgraph.transform(model, ratio=0.5, lowering="eager", **SIZES)
+    with pytest.raises(HistoryError, match="the saved history holds variance, mean, but observed='mean-square' needs"):
+        plain.ppgraph.history.load(tmp_path)
+
+
+def test_a_score_of_ones_own_chooses() -> None:
+    methods.register_score(
+        "peak",
+        lambda f, weight_term: f.sqrt() * weight_term,
+        weight_term=lambda weight: weight.abs().amax(0),
+        units=lambda channels: channels.amax(1),
+    )
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, score="peak", statistics="history", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    pruned(**batch(3, 12), use_cache=False)
+    for name, kept in pruned.ppgraph.selection().items():
+        channel = pruned.ppgraph.history[name][:12].sum(0).sqrt() * find_exit(model, name).weight.abs().amax(0)
+        block = 16 if name.endswith("self_attn") else 1
+        score = channel.view(-1, block).amax(1)
+        best = score.sort(descending=True).indices[: len(kept) // block].sort().values
+        assert kept[::block].tolist() == (best * block).tolist()
+
+
+def test_an_observation_of_ones_own_is_calibrated_and_moved() -> None:
+    """The largest magnitude so far, which no mean can stand for."""
+    methods.register_observation(
+        "peak",
+        tensors=("peak",),
+        calibrate=lambda memory, y, real, seen: {"peak": torch.maximum(memory["peak"], y.abs().amax(0))},
+        batch=lambda y, real: {"peak": y.abs().amax(0)},
+    )
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, observed="peak", history_momentum=0.5, lowering="eager", **SIZES)
+    seen: dict[str, Tensor] = {}
+    exit_linear = find_exit(model, "model.layers.1.mlp")
+    handle = exit_linear.register_forward_pre_hook(lambda module, args: seen.update(y=args[0].abs().amax(0)))
+    with torch.no_grad():
+        peaks = [seen["y"] for inputs in (batch(3, 12), batch(2, 12)) if model(**inputs, use_cache=False)]
+    handle.remove()
+    ppgraph.calibrate(pruned, [batch(3, 12), batch(2, 12)], progress=False)
+    held = pruned.ppgraph.history["model.layers.1.mlp"][:12].clone()
+    torch.testing.assert_close(held, torch.maximum(*peaks))
+    pruned(**batch(3, 12), use_cache=False)
+    kept = pruned.ppgraph.selection()["model.layers.1.mlp"]
+    moved = pruned.ppgraph.history["model.layers.1.mlp"][:12]
+    dropped = torch.ones(128, dtype=torch.bool).index_fill(0, kept, False)
+    assert torch.equal(moved[:, dropped], held[:, dropped])
+    assert not torch.equal(moved[:, kept], held[:, kept])
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        (lambda f, term: f.sum(), r"score 'mine': channels must have shape \[64\], found \[\]"),
+        (lambda f, term: f * f.sum().item(), "score 'mine' can't be traced into a graph"),
+        (lambda f, term: f * torch.tensor([2.0] * len(f)), "score 'mine' brings a tensor of its own"),
+    ],
+)
+def test_a_bad_score_says_what_is_wrong(piece: Any, message: str) -> None:
+    methods.register_score("mine", piece)
+    pruned = ppgraph.transform(llama(2), ratio=0.4, score="mine", lowering="eager", **SIZES)
+    with pytest.raises(MethodError, match=message):
+        pruned(**batch(3, 12), use_cache=False)
+
+
+def test_a_bad_weight_term_says_what_is_wrong() -> None:
+    methods.register_score("mine", lambda f, term: f, weight_term=lambda weight: weight.sum(1))
+    pruned = ppgraph.transform(llama(2), ratio=0.4, score="mine", blocks=("mlp",), lowering="eager", **SIZES)
+    with pytest.raises(MethodError, match=r"weight_term must have shape \[128\], found \[64\]"):
+        pruned(**batch(3, 12), use_cache=False)
+
+
+def test_a_bad_observation_says_what_is_wrong() -> None:
+    methods.register_observation(
+        "mine",
+        tensors=("a", "b"),
+        calibrate=lambda memory, y, real, seen: {"a": y.sum(0)},
+        batch=lambda y, real: {"a": y.sum(0)},
+    )
+    pruned = ppgraph.transform(llama(2), ratio=0.4, observed="mine", lowering="eager", **SIZES)
+    with pytest.raises(MethodError, match=r"observation 'mine' must give \{'a': .*, 'b': .*\}, found"):
+        ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+
+
+def test_a_bad_compensation_says_what_is_wrong() -> None:
+    methods.register_compensation("mine", lambda weight, kept, memory: (weight[:, kept], weight.sum(0)))
+    pruned = ppgraph.transform(llama(2), ratio=0.4, compensation="mine", blocks=("mlp",), lowering="eager", **SIZES)
+    with pytest.raises(
+        MethodError, match=r"compensation 'mine' must give a weight \[64, 56\] .* found \[\[64, 56\], \[128\]\]"
+    ):
+        pruned(**batch(3, 12), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["ppsp", "", "two words"])
+def test_names_are_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"registered already|expected a name such as"):
+        methods.register_score(name, lambda f, term: f)
+
+
+def test_expected_losses_are_those_of_gates_on_the_channels() -> None:
+    """The same by another way: the gradient at a factor on each channel and token, summed over what goes."""
+    model, ids = llama(2), batch(2, 9)["input_ids"]
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="least-loss", lowering="eager", **SIZES)
+    sites = [site for site in pruned.ppgraph.sites if site.candidate]
+    orders = {site.name: (site, torch.arange(site.units), 8 if site.kind == "mlp" else 1) for site in sites}
+    samples = [{"input_ids": row[None]} for row in ids]
+    found = expected_losses(model, model, orders, samples, progress=False)
+    for site in sites:
+        expected = torch.zeros(site.units // orders[site.name][2] + 1)
+        for row in ids:
+            gates = torch.ones(len(row), site.width, requires_grad=True)
+            handle = find_exit(model, site.name).register_forward_pre_hook(
+                lambda module, args, gates=gates: (args[0] * gates,)
+            )
+            logits = model(row[None]).logits[0]
+            handle.remove()
+            functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
+            assert gates.grad is not None
+            units = gates.grad.view(len(row), site.units, -1).sum(2)
+            for level in range(1, len(expected)):
+                gone = units[:, : level * orders[site.name][2]].sum(1)
+                expected[level] += 0.5 * gone.square().sum() / (2 * 8)
+        torch.testing.assert_close(found[site.name], expected, rtol=1e-4, atol=1e-7)
+        model.zero_grad()
+
+
+def candidate(name: str, losses: list[float], macs: int) -> methods.Candidate:
+    units = len(losses) - 1
+    site = Site(name, "mlp", 0, width=units, units=units, unit_macs=macs)
+    return methods.Candidate(site, torch.zeros(units), {"g": torch.zeros(1, units)}, 1, torch.tensor(losses))
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 4), min_size=3, max_size=3), min_size=2, max_size=3),
+    st.sampled_from([0.15, 0.25, 0.35, 0.5, 0.65, 0.85]),
+)
+def test_least_loss_is_the_best_there_is(slopes: list[list[float]], ratio: float) -> None:
+    """With convex curves and units of one price the best choice can be found by trying all."""
+    curves = [[0.0, *itertools.accumulate(sorted(steps))] for steps in slopes]
+    candidates = [candidate(str(number), curve, 10) for number, curve in enumerate(curves)]
+    kept = methods.ALLOCATIONS["least-loss"].allocate(candidates, ratio)  # type: ignore[union-attr]
+    gone = [3 - kept[str(number)] for number in range(len(curves))]
+    most = int(ratio * 3 * len(curves) + 1e-9)
+    assert sum(gone) == most
+    best = min(
+        sum(curve[count] for curve, count in zip(curves, choice, strict=True))
+        for choice in itertools.product(range(4), repeat=len(curves))
+        if sum(choice) == most
+    )
+    assert sum(curve[count] for curve, count in zip(curves, gone, strict=True)) == pytest.approx(best, abs=1e-5)
+
+
+def test_least_loss_takes_whole_steps_where_the_first_units_cost_most() -> None:
+    found = methods.ALLOCATIONS["least-loss"].allocate(  # type: ignore[union-attr]
+        [candidate("a", [0, 5, 5.1, 5.2, 5.3], 1), candidate("b", [0, 2, 4, 6, 8], 1)], 0.5
+    )
+    assert found == {"a": 0, "b": 4}
+
+
+def test_least_loss_decides_what_a_calibrated_model_keeps() -> None:
+    model = llama(2, layers=3)
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="least-loss", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    logits = pruned(**FOUR[0], use_cache=False).logits
+    sites = {site.name: site for site in pruned.ppgraph.sites if site.candidate}
+    macs = {
+        name: methods.Candidate(site, torch.zeros(0), {"g": torch.zeros(14, 0)}).unit_macs
+        for name, site in sites.items()
+    }
+    whole = sum(site.units * macs[name] for name, site in sites.items())
+    kept = sum(site.kept_units * macs[name] for name, site in sites.items())
+    assert 0.35 <= kept / whole <= 0.55  # r' is 0.6
+    assert relative(logits, masked_dense_logits(model, pruned.ppgraph.selection(), **FOUR[0])) < 1e-5

@@ -84,8 +84,9 @@ def _drop_empty_from_cat(node: Node) -> bool:
 
 
 def _lay_out_slice(node: Node) -> bool:
-    """A product with a slice of the tokens (`logits_to_keep`): laid out first, for sizes unknown at compile time keep
-    PyTorch from seeing that its rows fold into one matrix, and it multiplies sample by sample, many times slower.
+    """A product reads a slice of the tokens (`logits_to_keep`) laid out as a matrix.
+
+    With sizes unknown at compile time PyTorch can't see that the slice folds, and multiplies sample by sample, slowly.
     """
     source = node.args[0] if node.target is aten.linear.default else None
     if not isinstance(source, Node) or source.target is not aten.slice.Tensor:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ppgraph.commands import add_batch, add_examples, add_json, add_model, load, positive, show
+from ppgraph.commands import add_batch, add_examples, add_json, add_model, as_json, load, positive
 from ppgraph.config import PruneConfig
 from ppgraph.errors import InputError
 
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure the dense model and each method at each ratio; print and save.
+def run(args: argparse.Namespace) -> str:
+    """Measure the dense model and each method at each ratio, and save.
 
     Raises:
         InputError: a model or text can't be used, or a results file is of another run.
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     found = compare(model, tokenizer, configs, texts=texts, calibration=calibration, settings=settings, output=args.out)
     if args.plot:
         found.plot(args.plot)
-    show(found, args)
+    return as_json(found.to_dict()) if args.json else str(found)
 
 
 def _configs(methods: Sequence[str], ratios: Sequence[float]) -> Iterator[tuple[str, PruneConfig]]:

@@ -189,29 +189,27 @@ def explain(model: nn.Module, config: PruneConfig | None = None, **inputs: Any) 
     config = (config or PruneConfig()).replace(**overrides)
     tokens_of(arguments)
     check_inputs(model, arguments)
+    runtime = _ExplainingRuntime(config)
     try:
-        Pruning(model, _ExplainingRuntime(config)).run("prefill", arguments)
-    except _Explained as explained:
+        Pruning(model, runtime).run("prefill", arguments)
+    except _Explained:
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        return replace(explained.explanation, rates=Rates.measured(embedding.device, embedding.dtype))
+        return replace(runtime.explanation, rates=Rates.measured(embedding.device, embedding.dtype))
     raise AssertionError("the capture ended without a graph")
 
 
 class _Explained(PPGraphError):
-    """Ends a capture once its graph has been explained. A PPGraphError, which Dynamo's backend call lets through."""
-
-    @property
-    def explanation(self) -> Explanation:
-        """Its one argument: Dynamo hands errors on as copies, of which only the arguments are kept."""
-        explanation: Explanation = self.args[0]
-        return explanation
+    """Ends a capture once its graph has been explained. A PPGraphError, which Dynamo's backend call hands on."""
 
 
 class _ExplainingRuntime(Runtime):
-    """Explains the graph that it is given to compile."""
+    """Explains the graph that it is given to compile, as `explanation`."""
+
+    explanation: Explanation
 
     def compile(self, module: GraphModule, phase: Phase | None = None) -> Callable[..., Sequence[Any]]:
-        raise _Explained(_explanation(module, self))
+        self.explanation = _explanation(module, self)
+        raise _Explained
 
 
 def _split(model: nn.Module, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -202,7 +202,7 @@ def closing_products(branch: Branch, ancestry: Ancestry) -> list[Node]:
 
 def _goes_round(detour: Node, product: Node, ancestry: Ancestry) -> bool:
     """Whether a product comes, by way of another, from what `product` multiplies: an adapter beside a linear."""
-    if not (is_linear(detour) and is_linear(product)):
+    if not (is_linear(detour) and is_linear(product)) or ancestry.depends(detour, product):
         return False
     start, end = linear_activations(product), linear_activations(detour)
     return ancestry.depends(end, start) and any(is_product(node) for node in ancestry.between(start, end) - {start})

@@ -158,7 +158,7 @@ MIXING: list[tuple[Any, tuple[Any, ...], int]] = [
 def test_what_is_mixed_is_refused(target: Any, args: tuple[Any, ...], dim: int) -> None:
     node, _ = node_of(target, *args)
     name = f"aten.{target.overloadpacket.__name__}"
-    with pytest.raises(Refusal, match=rf"\({name}\): it mixes dimension {dim}, so a part of it needs all"):
+    with pytest.raises(Refusal, match=rf"\({name}\): it mixes dimension {dim}, so that a part of it takes all"):
         operand_axes(node, Axis(dim))
 
 

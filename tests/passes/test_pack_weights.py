@@ -27,7 +27,7 @@ def pack(graph: Captured, units: torch.Tensor) -> list[torch.Tensor]:
         parameters[graph.program.parameters[node]].detach() if node in graph.program.parameters else units
         for node in packing.inputs
     ]
-    return list(packing.module(*inputs))
+    return list(packing.module(*inputs, *packing.allocate(torch.device("cpu"))))
 
 
 @pytest.mark.parametrize("block", [Mlp(bias=True), Attention()], ids=["mlp", "attention"])

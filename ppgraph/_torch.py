@@ -248,8 +248,10 @@ def arguments_of(code: tuple[str, str]) -> list[Any]:
 
 def wrapper_of(module: torch.nn.Module) -> torch.nn.Module | None:
     """The `torch.compile(module)` whose call is running; None when the module is compiled in another way."""
-    found = (frame.f_locals.get("self") for frame in _frames())
-    return next((value for value in found if isinstance(value, OptimizedModule) and value._orig_mod is module), None)
+    # Only torch's own frames are looked into: to ask a frame for its locals keeps them alive with it (Python 3.11).
+    call = OptimizedModule.__call__.__code__
+    found = (frame.f_locals["self"] for frame in _frames() if frame.f_code is call)
+    return next((value for value in found if value._orig_mod is module), None)
 
 
 def graphs_left() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -390,13 +391,17 @@ def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:
 
 def compiled_forward(dense: Callable[..., Any], runtime: Runtime, phase: Phase) -> Callable[..., Any]:
     """`dense` through Dynamo, its graphs rewritten for `phase` by `runtime`."""
+    # Dynamo keeps every backend until it is reset: this one must not keep the model.
+    model = weakref.ref(dense.__self__)  # type: ignore[attr-defined]
 
     def forward(**kwargs: Any) -> Any:
         return dense(**kwargs)
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         with _torch.passing_errors(PPGraphError):
-            require_eval_mode(dense.__self__)  # type: ignore[attr-defined]
+            captured = model()
+            assert captured is not None  # its forward is running
+            require_eval_mode(captured)
             return runtime.compile(module, phase)
 
     own = _torch.fresh_function(forward)  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ class Normalised(Mlp):
         (MixingTokens(), "cumsum (aten.cumsum): it mixes neighbouring tokens"),
         (WithoutWeight(), "(aten.matmul): the block does not end in a linear with a weight parameter"),
         (Reversed(), "flip (aten.flip): no operator rule says where dimension"),
-        (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so that a part of it takes all of its input"),
+        (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so that a part of it takes all"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -50,7 +50,9 @@ class Positional(Attention):
 def test_tables_by_position_are_gathered_at_the_probed_tokens() -> None:
     graph, plan = plan_of(Positional())
     assert {1: "token", 0: "sample"} in gathered(plan).values()
-    assert any(set(tags.values()) == {"token"} for tags in gathered(plan).values()), "the table knows no samples"
+    assert any(set(tags.values()) == {"token", "each"} for tags in gathered(plan).values()), (
+        "the table knows no samples"
+    )
     require_right(graph, graph.module.layers[0]["block"])  # type: ignore[union-attr,index]
 
 

@@ -84,7 +84,9 @@ def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     length = build.size(stream, 1)
     total = build.size(mask, 1)
     if total is not length:
-        mask = build(aten.slice.Tensor, mask, 1, build(operator.sub, total, length), total)
+        # Two pieces, for a slice from a symbolic start would have a size that nothing else has.
+        pieces = build(aten.split_with_sizes.default, mask, [build(operator.sub, total, length), length], 1)
+        mask = build(operator.getitem, pieces, 1)
     real = build(aten.ne.Scalar, mask, 0)
     start = build(aten.argmax.default, build(aten.to.dtype, real, torch.int32), 1, True)
     columns = build.add(start, build(aten.arange.default, length, device=mask.meta["val"].device))

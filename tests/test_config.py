@@ -32,6 +32,9 @@ def test_defaults_are_those_of_the_interface() -> None:
         "blocks": ["attention", "mlp"],
         "decode": "reuse",
         "strict": False,
+        "observed": "mean-square",
+        "allocation": "uniform",
+        "compensation": "none",
     }
 
 

@@ -52,8 +52,8 @@ def test_each_graph_has_a_folder_with_one_file_a_stage_that_changed_it(dumped: P
         "02_insert_probe.py",
         "03_insert_score.py",
         "04_select_weights.py",
-        "05_update_history.py",
-        "06_attach_results.py",
+        "06_update_history.py",
+        "07_attach_results.py",
     ]
     assert sorted(path.name for path in (dumped / "01-calibrate").glob("*.py"))[1] == "02_observe_channels.py"
     overview = (dumped / "index.html").read_text()

@@ -206,6 +206,24 @@ def test_graph_world_does_not_guard_on_sizes_of_one() -> None:
     assert guards == 0
 
 
+def test_graph_world_turns_the_fake_modes_cache_off() -> None:
+    """`cache_enabled` is private: under another name, setting it would do nothing and passes take twice as long."""
+
+    def calls_that_cache() -> int:
+        _torch.FakeTensorMode.cache_clear()
+        assert torch.add(x, x).shape == (3,)
+        info = _torch.FakeTensorMode.cache_info()
+        return int(info.hits + info.misses + sum(info.bypasses.values()))
+
+    mode = _torch.FakeTensorMode()
+    with mode:
+        x = torch.empty(3)
+        assert calls_that_cache() == 1
+        with _torch.graph_world(mode):
+            assert calls_that_cache() == 0
+        assert calls_that_cache() == 1
+
+
 def test_call_on_fakes_broadcasts_symbolic_baddbmm() -> None:
     def look(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)

@@ -34,6 +34,33 @@ def test_attention_is_a_site_of_whole_heads(kv_heads: int, entry: set[str]) -> N
     assert site.exit == (f"{SITE}.o.weight",)
 
 
+class WrittenOut(Attention):
+    """Attention as products and a softmax, over keys and values of one head."""
+
+    def __init__(self) -> None:
+        super().__init__(kv_heads=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.q(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2)
+        weights = (query @ self.k(x).unsqueeze(1).transpose(2, 3)).softmax(-1)
+        return self.o((weights @ self.v(x).unsqueeze(1)).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class SoftmaxOfChannels(Mlp):
+    """Channels compete with one another, as tokens do in attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down((x @ self.up.weight.t()).softmax(-1) * self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "kind"), [(WrittenOut(), "attention"), (SoftmaxOfChannels(), "mlp")], ids=["tokens", "channels"]
+)
+def test_a_softmax_is_attention_only_over_a_product_of_activations(block: nn.Module, kind: str) -> None:
+    (site,) = captured(Residual(block)).apply(*ANALYSE).sites
+    assert (site.kind, site.status) == (kind, "pruned")
+
+
 class Layers(Residual):
     def __init__(self, count: int) -> None:
         super().__init__(Mlp())

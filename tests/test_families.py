@@ -96,7 +96,7 @@ NEIGHBOURS = r"mixes neighbouring tokens, so a probe of some of them can't run t
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", both=True),
     "opt": Family("opt", both=True),
-    "opt, norm after": Family("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt (post-norm)": Family("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "mistral": Family("mistral"),
     "qwen2": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": Family("qwen3"),
@@ -106,13 +106,13 @@ FAMILIES: dict[str, Family] = {
     "phi": Family("phi", {"qk_layernorm": True}),
     "phi3": Family("phi3"),
     "gpt_neox": Family("gpt_neox", both=True),
-    "gpt_neox, sequential": Family("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox (sequential)": Family("gpt_neox", {"use_parallel_residual": False}),
     "gpt2": Family("gpt2"),
-    "falcon, multi-query": Family("falcon"),
-    "falcon, sequential, ALiBi": Family(
+    "falcon (multi-query)": Family("falcon"),
+    "falcon (sequential, ALiBi)": Family(
         "falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}, both=True
     ),
-    "falcon, grouped": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon (grouped)": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "olmo": Family("olmo"),
     "olmo2": Family("olmo2"),
     "olmo3": Family("olmo3", BOTH_KINDS_OF_WINDOW),
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("cohere", {"use_qk_norm": True}),
     "cohere2": Family("cohere2", BOTH_KINDS_OF_WINDOW),
     "stablelm": Family("stablelm"),
-    "stablelm, parallel": Family("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "stablelm (parallel)": Family("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}),
     "bloom": Family("bloom"),
     "gptj": Family("gptj"),
@@ -301,7 +301,7 @@ def gpt2() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "dense", [opt(norm_before=True), opt(norm_before=False), gpt2()], ids=["opt", "opt, norm after", "gpt2"]
+    "dense", [opt(norm_before=True), opt(norm_before=False), gpt2()], ids=["opt", "opt (post-norm)", "gpt2"]
 )
 def test_stateful_batches_equal_the_reference(dense: Any) -> None:
     """Norms with biases, plain MLPs, learned positions, fused and transposed weights: logits, choices, history."""

@@ -162,8 +162,9 @@ def test_passing_errors_come_out_of_dynamo_as_they_are() -> None:
 
     torch._dynamo.reset()
     for fullgraph in (False, True):
-        with torch.no_grad(), pytest.raises(InputError, match="too long"):
+        with torch.no_grad(), pytest.raises(InputError) as raised:
             torch.compile(Tiny(), backend=backend, fullgraph=fullgraph)(torch.ones(3, 4))
+        assert str(raised.value) == "too long"
 
 
 def test_dynamo_lets_go_of_a_models_graphs() -> None:

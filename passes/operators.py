@@ -134,10 +134,9 @@ def _last_products(node: Node) -> Iterator[Node]:
 
 def _multiplies_activations(product: Node) -> bool:
     """Whether both factors are computed in this graph: queries and keys, but no weight."""
-    if _packet(product) not in SCORES:
-        return False
-    left, right = _factors(product)
-    return not (_is_given(left) or _is_given(right))
+    if _packet(product) in BATCHED_PRODUCTS:
+        return not any(map(_is_given, _factors(product)))
+    return _packet(product) is aten.einsum and not any(map(_is_given, product.all_input_nodes))
 
 
 def _is_given(node: Node) -> bool:
@@ -582,7 +581,7 @@ VIEWS = RESHAPES | PIECES | TRANSPOSES | {
     aten.alias, aten.detach, aten.narrow, operator.getitem,
 }  # fmt: skip
 SOFTMAX = {aten.softmax, aten._softmax}
-SCORES = {aten.matmul, aten.bmm, aten.baddbmm}
+BATCHED_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 LINEARS = {aten.linear, aten.addmm, aten.mm, aten.matmul}
 PRODUCTS = LINEARS | {
     aten.bmm, aten.baddbmm, aten.einsum, aten.scaled_dot_product_attention, aten.convolution, aten.conv1d, aten.conv2d,
@@ -623,8 +622,6 @@ RULES: dict[Any, Rule] = {
     aten.linear: _linear,
     aten.addmm: _linear,
     aten.mm: _linear,
-    aten.matmul: _matmul,
-    aten.bmm: _matmul,
-    aten.baddbmm: _matmul,
+    **dict.fromkeys(BATCHED_PRODUCTS, _matmul),
     aten.scaled_dot_product_attention: _attention,
 }

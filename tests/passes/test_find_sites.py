@@ -46,6 +46,13 @@ class WrittenOut(Attention):
         return self.o((weights @ self.v(x).unsqueeze(1)).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
 
+class WrittenAsSum(WrittenOut):
+    """Scores by `einsum`, for which there is no rule: attention all the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.einsum("bsc,btc->bst", self.q(x), self.q(x)).softmax(-1) @ self.q(x))
+
+
 class SoftmaxOfChannels(Mlp):
     """Channels compete with one another, as tokens do in attention."""
 
@@ -54,11 +61,17 @@ class SoftmaxOfChannels(Mlp):
 
 
 @pytest.mark.parametrize(
-    ("block", "kind"), [(WrittenOut(), "attention"), (SoftmaxOfChannels(), "mlp")], ids=["tokens", "channels"]
+    ("block", "kind", "status"),
+    [
+        (WrittenOut(), "attention", "pruned"),
+        (WrittenAsSum(), "attention", "dense"),
+        (SoftmaxOfChannels(), "mlp", "pruned"),
+    ],
+    ids=["matmul", "einsum", "channels"],
 )
-def test_a_softmax_is_attention_only_over_a_product_of_activations(block: nn.Module, kind: str) -> None:
+def test_a_softmax_is_attention_only_over_a_product_of_activations(block: nn.Module, kind: str, status: str) -> None:
     (site,) = captured(Residual(block)).apply(*ANALYSE).sites
-    assert (site.kind, site.status) == (kind, "pruned")
+    assert (site.kind, site.status) == (kind, status)
 
 
 class Layers(Residual):

@@ -74,6 +74,22 @@ def test_a_softmax_is_attention_only_over_a_product_of_activations(block: nn.Mod
     assert (site.kind, site.status) == (kind, status)
 
 
+class Gated(Mlp):
+    """One gate for all channels, as shared experts have: a product with the stream beside the exit linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x).sigmoid() * super().forward(x)
+
+
+def test_a_gate_beside_the_block_leaves_it_a_site() -> None:
+    (site,) = captured(Residual(Gated())).apply(*ANALYSE).sites
+    assert (site.status, site.exit) == ("pruned", (f"{SITE}.down.weight",))
+
+
 class Layers(Residual):
     def __init__(self, count: int) -> None:
         super().__init__(Mlp())

@@ -194,10 +194,17 @@ def closing_products(branch: Branch, ancestry: Ancestry) -> list[Node]:
     found = [
         node for node in _before_products(branch.added) if is_product(node) and ancestry.depends(node, branch.stream)
     ]
+    later = [node for node in found if not _is_first(node, branch.stream, ancestry)]
     ends = [
-        node for node in found if not any(_goes_round(node, other, ancestry) for other in found if other is not node)
+        node for node in found if not any(_goes_round(node, other, ancestry) for other in later if other is not node)
     ]
     return sorted(ends, key=ancestry.index.__getitem__)
+
+
+def _is_first(product: Node, stream: Node, ancestry: Ancestry) -> bool:
+    """Whether a linear multiplies the stream itself, with no product before it: a gate or a router, but no exit."""
+    between = ancestry.between(stream, linear_activations(product)) if is_linear(product) else frozenset({product})
+    return not any(map(is_product, between - {stream}))
 
 
 def _goes_round(detour: Node, product: Node, ancestry: Ancestry) -> bool:

@@ -10,7 +10,7 @@ The channel analysis asks it for heads and MLP channels, the probe for samples a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,8 +113,37 @@ def is_constant(node: Any) -> bool:
 
 
 def is_attention_softmax(node: Node) -> bool:
-    """Whether this is the softmax of attention written out, over scores [..., S, S]."""
-    return _packet(node) in SOFTMAX and len(shape_of(node)) >= 3
+    """Whether this is the softmax of attention written out: over scores [..., S, S], a product of two activations."""
+    return _packet(node) in SOFTMAX and _rank(node) >= 3 and any(map(_multiplies_activations, _last_products(node)))
+
+
+def _last_products(node: Node) -> Iterator[Node]:
+    """The matrix products on every way back from a node, as they are met."""
+    seen: set[Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if is_product(current):
+            yield current
+        else:
+            queue += reversed(current.all_input_nodes)
+
+
+def _multiplies_activations(product: Node) -> bool:
+    """Whether both factors are computed in this graph: queries and keys, but no weight."""
+    if _packet(product) in BATCHED_PRODUCTS:
+        return not any(map(_is_given, _factors(product)))
+    return _packet(product) is aten.einsum and not any(map(_is_given, product.all_input_nodes))
+
+
+def _is_given(node: Node) -> bool:
+    """Whether this is an input of the graph, seen through views and casts."""
+    while node.op == "call_function" and (is_view(node) or _packet(node) in PASSING):
+        node = _first(node)
+    return node.op != "call_function"
 
 
 def is_fused_attention(node: Node) -> bool:
@@ -457,8 +486,7 @@ def linear_bias(node: Node) -> Node | None:
 
 def _matmul(node: Node, axis: Axis) -> Operands:
     """Batched product of two activations: batch dimensions broadcast, rows come left, columns right."""
-    left, right = node.args[-2:] if _packet(node) is aten.baddbmm else node.args[:2]
-    assert isinstance(left, Node) and isinstance(right, Node)
+    left, right = _factors(node)
     operands: Operands = []
     from_right = _rank(node) - axis.dim
     if _packet(node) is aten.baddbmm:
@@ -468,6 +496,13 @@ def _matmul(node: Node, axis: Axis) -> Operands:
     if from_right != 2:
         operands += _broadcast(right, from_right, axis)
     return operands
+
+
+def _factors(node: Node) -> tuple[Node, Node]:
+    """What a `matmul`, `bmm` or `baddbmm` multiplies."""
+    left, right = node.args[-2:] if _packet(node) is aten.baddbmm else node.args[:2]
+    assert isinstance(left, Node) and isinstance(right, Node)
+    return left, right
 
 
 def _broadcast(operand: Any, from_right: int, axis: Axis) -> Operands:
@@ -546,6 +581,7 @@ VIEWS = RESHAPES | PIECES | TRANSPOSES | {
     aten.alias, aten.detach, aten.narrow, operator.getitem,
 }  # fmt: skip
 SOFTMAX = {aten.softmax, aten._softmax}
+BATCHED_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 LINEARS = {aten.linear, aten.addmm, aten.mm, aten.matmul}
 PRODUCTS = LINEARS | {
     aten.bmm, aten.baddbmm, aten.einsum, aten.scaled_dot_product_attention, aten.convolution, aten.conv1d, aten.conv2d,
@@ -586,8 +622,6 @@ RULES: dict[Any, Rule] = {
     aten.linear: _linear,
     aten.addmm: _linear,
     aten.mm: _linear,
-    aten.matmul: _matmul,
-    aten.bmm: _matmul,
-    aten.baddbmm: _matmul,
+    **dict.fromkeys(BATCHED_PRODUCTS, _matmul),
     aten.scaled_dot_product_attention: _attention,
 }

@@ -271,13 +271,14 @@ def passing_errors(kind: type[Exception]) -> Iterator[None]:
 
 
 def _as_passing(error: Exception) -> Exception:
-    """The same error, of a class that is Dynamo's own too: those it hands on."""
+    """The same error, of a class that is Dynamo's own too: those it hands on, though with advice on reporting bugs."""
+    kind, text = type(error), str(error)
 
     def initialise(self: ShortenTraceback, *arguments: object) -> None:
         ShortenTraceback.__init__(self, *arguments, first_useful_frame=None)
 
-    kind = type(error)
-    passing = type(kind.__name__, (kind, ShortenTraceback), {"__init__": initialise, "__module__": kind.__module__})
+    members = {"__init__": initialise, "__str__": lambda self: text, "__module__": kind.__module__}
+    passing = type(kind.__name__, (kind, ShortenTraceback), members)
     return passing(*error.args)  # type: ignore[no-any-return]
 
 

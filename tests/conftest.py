@@ -9,11 +9,17 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("families of models")
+    group.addoption("--all-families", action="store_true", help="test all families with each attention implementation")
+    group.addoption("--write-families", action="store_true", help="write what the tests find to the tables of families")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked `gpu` where there is no CUDA."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    """Leave out the tests marked `gpu` where there is no CUDA, and `all_families` where those are not asked for."""
+    wanted = {"gpu": torch.cuda.is_available(), "all_families": config.getoption("--all-families")}
+    unwanted = [mark for mark, is_wanted in wanted.items() if not is_wanted]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

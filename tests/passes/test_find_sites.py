@@ -34,6 +34,62 @@ def test_attention_is_a_site_of_whole_heads(kv_heads: int, entry: set[str]) -> N
     assert site.exit == (f"{SITE}.o.weight",)
 
 
+class WrittenOut(Attention):
+    """Attention as products and a softmax, over keys and values of one head."""
+
+    def __init__(self) -> None:
+        super().__init__(kv_heads=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.q(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2)
+        weights = (query @ self.k(x).unsqueeze(1).transpose(2, 3)).softmax(-1)
+        return self.o((weights @ self.v(x).unsqueeze(1)).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class WrittenAsSum(WrittenOut):
+    """Scores by `einsum`, for which there is no rule: attention all the same."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.einsum("bsc,btc->bst", self.q(x), self.q(x)).softmax(-1) @ self.q(x))
+
+
+class SoftmaxOfChannels(Mlp):
+    """Channels compete with one another, as tokens do in attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down((x @ self.up.weight.t()).softmax(-1) * self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "kind", "status"),
+    [
+        (WrittenOut(), "attention", "pruned"),
+        (WrittenAsSum(), "attention", "dense"),
+        (SoftmaxOfChannels(), "mlp", "pruned"),
+    ],
+    ids=["matmul", "einsum", "channels"],
+)
+def test_a_softmax_is_attention_only_over_a_product_of_activations(block: nn.Module, kind: str, status: str) -> None:
+    (site,) = captured(Residual(block)).apply(*ANALYSE).sites
+    assert (site.kind, site.status) == (kind, status)
+
+
+class Gated(Mlp):
+    """One gate for all channels, as shared experts have: a product with the stream beside the exit linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x).sigmoid() * super().forward(x)
+
+
+def test_a_gate_beside_the_block_leaves_it_a_site() -> None:
+    (site,) = captured(Residual(Gated())).apply(*ANALYSE).sites
+    assert (site.status, site.exit) == ("pruned", (f"{SITE}.down.weight",))
+
+
 class Layers(Residual):
     def __init__(self, count: int) -> None:
         super().__init__(Mlp())

@@ -302,7 +302,7 @@ def compare(
     Raises:
         InputError: the texts are too short, or `output` holds results of other settings.
     """
-    described = dataclasses.asdict(settings)
+    described = json.loads(json.dumps(dataclasses.asdict(settings)))
     given = windows(tokenizer, texts, settings.length, seed=settings.seed)
     wanted = None if settings.batches is None else settings.batches * settings.batch
     if wanted is not None and len(given) < wanted:
@@ -418,7 +418,7 @@ def _known_rows(output: Path | None, settings: Mapping[str, Any], configs: Mappi
     try:
         known = json.loads(output.read_text(encoding="utf-8"))
         by_name = {row["name"]: row for row in known["rows"]}
-        other = {name for name in settings if known["settings"].get(name) != json.loads(json.dumps(settings[name]))}
+        other = {name for name in settings if known["settings"].get(name) != settings[name]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{output} holds no results of this command ({error}); name another file") from None
     if other:

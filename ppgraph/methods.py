@@ -352,7 +352,7 @@ def _hull(candidate: Candidate) -> list[tuple[float, str, int, float]]:
     found, at = [], 0
     while at + 1 < len(losses):
         slopes = [(losses[end] - losses[at]) / (dropped[end] - dropped[at]) for end in range(at + 1, len(losses))]
-        best = min(range(len(slopes)), key=lambda place: (slopes[place], -place))
+        best = min(range(len(slopes)), key=lambda place: (slopes[place], place))
         end = at + 1 + best
         count = dropped[end] - dropped[at]
         cost = count * candidate.unit_macs

@@ -261,7 +261,8 @@ def part_in_training() -> nn.Module:
 def test_models_that_cannot_be_pruned_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         ppgraph.transform(make(), **OPTIONS)
-    assert isinstance(caught.value, (PPGraphError, ValueError))
+    assert isinstance(caught.value, PPGraphError)
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize(
@@ -289,10 +290,10 @@ def test_a_ratio_that_the_other_layers_cannot_carry_is_an_error_with_both_number
 def test_a_model_without_blocks_raises_and_can_be_asked_again() -> None:
     model = llama(2)
     for layer in model.model.layers:
-        layer.self_attn.o_proj = layer.mlp.down_proj = nn.Identity()
+        layer.self_attn.o_proj, layer.mlp = nn.Identity(), nn.Identity()
     pruned = ppgraph.transform(model, **OPTIONS)
     for _ in range(2):
-        with pytest.raises((NothingToPruneError, PPGraphError)):
+        with pytest.raises(NothingToPruneError, match=r"none of which can be rewritten:\n  model.layers.0"):
             pruned.ppgraph.sites  # noqa: B018
     assert pruned.ppgraph.graphs == []
 
@@ -405,9 +406,9 @@ def test_training_the_parent_is_seen_where_it_would_change_the_result() -> None:
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     pruned = ppgraph.transform(model, **OPTIONS)
-    expected = pruned(IDS, use_cache=False).logits
+    pruned(IDS, use_cache=False)
     model.train()
     with pytest.raises(UnsupportedModelError, match=r"model.* of LlamaForCausalLM is in training mode; call .eval\(\)"):
         pruned(IDS, use_cache=False)
     model.eval()
-    assert relative(pruned(IDS, use_cache=False).logits, expected) < 0.5
+    require_pruned(model, pruned, {"input_ids": IDS})

@@ -187,8 +187,11 @@ def readable(program: Program) -> str:
     spelled = {node.name: re.sub(r"\W+", "_", label) for node, label in labels.items()}
     text = program.module.print_readable(print_output=False, fast_sympy_print=True)
     symbols = batch_symbols(program)
-    sizes = [node for node in program.placeholders() if isinstance(node.meta["val"], torch.SymInt)]
-    spelled |= {node.name: symbols[size] for node in sizes if (size := str(node.meta["val"])) in symbols}
+    sizes: dict[str, Node] = {}
+    for node in program.placeholders():
+        if isinstance(node.meta["val"], torch.SymInt):
+            sizes.setdefault(str(node.meta["val"]), node)  # a size may be given twice, and arguments need one name each
+    spelled |= {node.name: symbols[size] for size, node in sizes.items() if size in symbols}
     text = _respelled(text, spelled | symbols)
     lines = []
     for line in text.splitlines():

@@ -323,11 +323,16 @@ def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tenso
         if shapes.get(name) != found.get(name):
             raise HistoryError(f"{path} is damaged: expected {name} {shapes.get(name)}, found {found.get(name)}")
     for name, value in tensors.items():
-        if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()) or _is_wrongly_negative(name, value):
+        if (
+            value.dtype != torch.float32
+            or not bool(torch.isfinite(value).all())
+            or _is_wrongly_negative(name, value, index)
+        ):
             raise HistoryError(f"{path} is damaged: {name} is not finite, non-negative float32")
     return tensors
 
 
-def _is_wrongly_negative(name: str, value: torch.Tensor) -> bool:
-    """Counts and mean squares can't be negative; what an observation holds besides may be."""
-    return name.partition(":")[2] == "" and bool((value < 0).any())
+def _is_wrongly_negative(name: str, value: torch.Tensor, index: Mapping[str, Any]) -> bool:
+    """Counts and mean squares can't be negative; FLAP's variance, around means that move, can, and so may others."""
+    squares = index["tensors"][0] == "mean-square" and name in index["sites"]
+    return (name == "seen" or squares) and bool((value < 0).any())

@@ -259,7 +259,7 @@ def test_lower_with_inductor_takes_an_aten_graph_and_options() -> None:
         fakes = _torch.placeholder_values(graph)
         with _torch.graph_world(_torch.fake_mode_of(fakes)):
             traced = _torch.to_aten(graph, fakes)
-            compiled.append(_torch.lower_with_inductor(traced, fakes, {"max_autotune": False}))
+            compiled.append(_torch.lower_with_inductor(traced, {"max_autotune": False}))
         return compiled[0]
 
     torch._dynamo.reset()

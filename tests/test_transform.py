@@ -290,7 +290,7 @@ def test_a_ratio_that_the_other_layers_cannot_carry_is_an_error_with_both_number
 def test_a_model_without_blocks_raises_and_can_be_asked_again() -> None:
     model = llama(2)
     for layer in model.model.layers:
-        layer.self_attn.o_proj, layer.mlp = nn.Identity(), nn.Identity()
+        layer.self_attn.o_proj, layer.mlp = nn.Identity().eval(), nn.Identity().eval()
     pruned = ppgraph.transform(model, **OPTIONS)
     for _ in range(2):
         with pytest.raises(NothingToPruneError, match=r"none of which can be rewritten:\n  model.layers.0"):

@@ -291,7 +291,7 @@ class Builder:
                 placed[node] = next(given)
             elif node.op == "output":
                 return torch.fx.map_arg(node.args[0], placed.__getitem__)
-            elif node.target is torch.ops.aten._local_scalar_dense.default:
+            elif node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
                 raise MethodError(f"{method} can't be traced into a graph: it reads a value ({node.target})")
             elif node.op == "call_function":
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), placed.__getitem__)

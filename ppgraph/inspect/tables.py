@@ -16,7 +16,7 @@ from ppgraph.passes import Site
 
 TEXT_WIDTH = 100
 # Text is never cut to less than this, so that something of it can still be read.
-LEAST_WIDTH = 8
+LEAST_WIDTH = 6
 PREFIXES = ("", "K", "M", "G", "T", "P")
 
 

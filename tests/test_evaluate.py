@@ -85,7 +85,7 @@ def test_causal_perplexity_of_the_dense_model_is_that_of_second_halves() -> None
     assert (found.tokens, math.log(found.value)) == (3 * 8, pytest.approx(float(expected), rel=1e-5))
 
 
-@pytest.mark.xfail(reason="open: causal perplexity differs by 0.2 % from the masked model")
+@pytest.mark.xfail(strict=False, reason="open: causal perplexity differs by 0.2 % from the masked model")
 def test_causal_perplexity_chooses_from_first_halves_alone() -> None:
     model, ids = llama(2), windows(Letters(), [TEXT], 16)[:3]
     pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
@@ -117,7 +117,7 @@ def test_a_comparison_measures_all_alike() -> None:
     assert "length 16, batch 3" in str(comparison)
 
 
-@pytest.mark.xfail(reason="open: a resumed comparison differs in a row")
+@pytest.mark.xfail(strict=False, reason="open: a resumed comparison differs in a row")
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results.json"
     whole = measured().to_dict()

@@ -20,7 +20,9 @@ from ppgraph.state import History
 from ppgraph.transform import Pruning
 
 TARGET = Path(__file__).with_name("reference.md")
-FUNCTIONS = (ppgraph.transform, ppgraph.calibrate, ppgraph.explain)
+# What few need comes last.
+PUBLIC = [getattr(ppgraph, name) for name in sorted(ppgraph.__all__, key=lambda name: name.startswith("register_"))]
+FUNCTIONS = [function for function in PUBLIC if inspect.isfunction(function)]
 # Under which name users meet a class.
 CLASSES = {
     "ppgraph.PruneConfig": ppgraph.PruneConfig,
@@ -61,7 +63,8 @@ def _parameters(function: object) -> list[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
             shown.append("*")
         if parameter.name not in ("self", "cls"):
-            shown.append(re.sub(r": '([^']*)'", r": \1", str(parameter)))
+            text = re.sub(r": '([^']*)'", r": \1", str(parameter))
+            shown.append(re.sub(r"<function (\w+) at 0x\w+>", r"\1", text))
     return shown
 
 

@@ -20,6 +20,7 @@ from ppgraph.config import kept_heads, layer_ratio, rounded_up
 from ppgraph.passes.base import Kind, PassResult, Program, Refusal, Site, same_size, shape_of, target_name
 from ppgraph.passes.channels import Narrowing, NarrowingPlanner, weight_parameter
 from ppgraph.passes.operators import (
+    before_products,
     is_attention_softmax,
     is_fused_attention,
     is_linear,
@@ -152,7 +153,7 @@ def _attention_scores(program: Program) -> set[Node]:
     scores: set[Node] = set()
     for node in program.graph.nodes:
         if is_attention_softmax(node):
-            scores |= _before_products(node)
+            scores.update(before_products(node))
     return scores
 
 
@@ -165,7 +166,7 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
     """The stream that `added` was computed from: `carried`, or what earlier additions carried on to it."""
     while True:
         if ancestry.depends(added, carried):
-            return carried if carried not in _before_products(added) else None
+            return carried if carried not in before_products(added) else None
         if carried in branches:
             branch = branches[carried]
             carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
@@ -175,24 +176,10 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
             return None
 
 
-def _before_products(node: Node) -> set[Node]:
-    """Everything that `node` depends on without a matrix product in between (products themselves included)."""
-    seen: set[Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if not is_product(current):
-            queue += current.all_input_nodes
-    return seen
-
-
 def closing_products(branch: Branch, ancestry: Ancestry) -> list[Node]:
     """The last matrix products on every path from the stream to what is added to it."""
     found = [
-        node for node in _before_products(branch.added) if is_product(node) and ancestry.depends(node, branch.stream)
+        node for node in before_products(branch.added) if is_product(node) and ancestry.depends(node, branch.stream)
     ]
     later = [node for node in found if not _is_first(node, branch.stream, ancestry)]
     ends = [

@@ -114,11 +114,15 @@ def is_constant(node: Any) -> bool:
 
 def is_attention_softmax(node: Node) -> bool:
     """Whether this is the softmax of attention written out: over scores [..., S, S], a product of two activations."""
-    return _packet(node) in SOFTMAX and _rank(node) >= 3 and any(map(_multiplies_activations, _last_products(node)))
+    return (
+        _packet(node) in SOFTMAX
+        and _rank(node) >= 3
+        and any(_multiplies_activations(found) for found in before_products(node) if is_product(found))
+    )
 
 
-def _last_products(node: Node) -> Iterator[Node]:
-    """The matrix products on every way back from a node, as they are met."""
+def before_products(node: Node) -> Iterator[Node]:
+    """What a node comes from without a matrix product in between, itself and those products included, as it is met."""
     seen: set[Node] = set()
     queue = [node]
     while queue:
@@ -126,9 +130,8 @@ def _last_products(node: Node) -> Iterator[Node]:
         if current in seen:
             continue
         seen.add(current)
-        if is_product(current):
-            yield current
-        else:
+        yield current
+        if not is_product(current):
             queue += reversed(current.all_input_nodes)
 
 

@@ -252,9 +252,13 @@ class _Planner:
         return tags
 
     def _is_ahead(self, size: Any) -> bool:
-        """Whether a size is, by how it is spelt or known bounds, that of some keys and of all tokens after them."""
-        others = expression(size) - expression(self.tokens)
-        if others.free_symbols & expression(self.tokens).free_symbols:
+        """Whether a size is, by how it is spelt or known bounds, that of some keys and of all tokens after them.
+
+        A cache that holds as many keys as there are tokens shares their symbol: the size is a multiple of theirs.
+        """
+        tokens = expression(self.tokens)
+        others = expression(size) - tokens
+        if others.free_symbols & tokens.free_symbols and not (others / tokens).is_Integer:
             return False
         return bool(others.is_nonnegative) or bool(statically_known_true(size >= self.tokens))
 

@@ -20,7 +20,7 @@ import torch._dynamo.config
 import torch.fx.experimental._config as _symbolic_config
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback
+from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._guards import CompileContext, Guard, TracingContext, tracing
@@ -50,6 +50,7 @@ __all__ = [
     "is_wrapped",
     "lower_with_inductor",
     "module_path",
+    "own_symbols",
     "passing_errors",
     "placeholder_source",
     "placeholder_values",
@@ -355,8 +356,37 @@ def fresh_function(template: types.FunctionType) -> types.FunctionType:
     return copied
 
 
+_OWN_SYMBOLS = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def own_symbols(module: GraphModule) -> Iterator[None]:
+    """Compile a graph whose inputs have a symbol for each of their first two sizes; Dynamo traces again where not.
+
+    With duck shapes one symbol stands for all sizes that happen to be equal: for samples and tokens of a square batch.
+    A backend may only ask for a new trace; whether that one has duck shapes is a setting of the process, so it is off
+    from here until Dynamo comes back.
+    """
+    _OWN_SYMBOLS.close()
+    if any(_is_square(value) for value in placeholder_values(module)):
+        _OWN_SYMBOLS.enter_context(_symbolic_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
+        raise TensorifyScalarRestartAnalysis(restart_reason="ppgraph: samples and tokens share a symbol")
+    yield
+
+
+def _is_square(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    first, second = (expression(size) for size in value.shape[:2])
+    return not first.is_Integer and bool(first == second)
+
+
 @contextlib.contextmanager
 def dynamo_settings() -> Iterator[None]:
-    """Dynamo as ppgraph captures with it: floats of the config are constants (as symbols they compile twice)."""
-    with torch._dynamo.config.patch(specialize_float=True):
+    """Dynamo as ppgraph captures with it.
+
+    Floats of the config are constants (as symbols they compile twice). Sizes that happen to be equal, such as samples
+    and tokens of a square batch, have a symbol each: with duck shapes one would stand for both.
+    """
+    with torch._dynamo.config.patch(specialize_float=True), _symbolic_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield

@@ -39,7 +39,7 @@ def ppgraph_backend(
         CaptureError: the graph is not a model's forward as a whole, or Dynamo would not compile another one.
         InputError: an input requires a gradient.
     """
-    with _torch.passing_errors(PPGraphError):
+    with _torch.passing_errors(PPGraphError), _torch.own_symbols(module):
         config, lowering = split_options(options, mode)
         model = _torch.traced_module(module)
         if model is None:

@@ -216,3 +216,11 @@ def parameter_values(program: Program, inputs: Sequence[Any]) -> Mapping[str, to
         for node, value in zip(placeholders, inputs, strict=False)
         if node in program.parameters and isinstance(value, torch.Tensor)
     }
+
+
+def input_embedding(model: nn.Module) -> Any:
+    """The module that turns token ids into the first residual stream; None where transformers doesn't know it."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None

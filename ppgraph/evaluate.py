@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ppgraph.calibrate import calibrate
 from ppgraph.config import PruneConfig
 from ppgraph.errors import InputError
-from ppgraph.runtime import Call
+from ppgraph.runtime import Call, cache_of
 from ppgraph.transform import Pruning, transform
 from ppgraph.zero_shot import zero_shot
 
@@ -157,8 +157,8 @@ def _logits_of_second_half(model: nn.Module, ids: Tensor, half: int) -> Tensor:
     with torch.no_grad():
         begun = model(input_ids=ids[:, :half], use_cache=True)
         call = Call(start=half, selection=pruning.runtime.selection)
-        rest = {"input_ids": ids[:, half:], "past_key_values": begun.past_key_values, "use_cache": True}
-        logits: Tensor = pruning.run("reuse", rest, call).logits
+        caches = {name: value for name, value in begun.items() if value is cache_of(begun.values())}
+        logits: Tensor = pruning.run("reuse", {"input_ids": ids[:, half:], "use_cache": True, **caches}, call).logits
     return torch.cat([begun.logits[:, -1:], logits[:, :-1]], dim=1)
 
 
@@ -210,15 +210,13 @@ class Comparison:
         return self.rows[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings and rows, with what each saves, as JSON-ready values."""
-        return {
-            "settings": self.settings,
-            "rows": [
-                {"name": row.name, "config": row.config, **row.found}
-                | (row.saved(self.dense) if row.config is not None else {})
-                for row in self.rows
-            ],
-        }
+        """Settings and rows, with what each saves, as JSON-ready values; a ratio to nothing saved is None."""
+        return {"settings": self.settings, "rows": [self._described(row) for row in self.rows]}
+
+    def _described(self, row: Row) -> dict[str, Any]:
+        saved = row.saved(self.dense) if row.config is not None else {}
+        ready = {key: None if math.isnan(value) else value for key, value in saved.items()}
+        return {"name": row.name, "config": row.config, **row.found, **ready}
 
     def __str__(self) -> str:
         tasks = sorted({task for row in self.rows for task in row.found.get("tasks", {})})

@@ -194,12 +194,22 @@ def register_observation(
     _register(name, observation, OBSERVATIONS, KNOWN_OBSERVATIONS)
 
 
+def squared_norms(weight: Tensor) -> Tensor:
+    """Of an exit weight [D, C]: the squared norm of each column, [C]."""
+    return weight.square().sum(0)
+
+
+def sums(channels: Tensor) -> Tensor:
+    """Of channels by unit [U, C/U]: the sum of each unit's, [U]."""
+    return channels.sum(1)
+
+
 def register_score(
     name: str,
     channels: Callable[[Tensor, Tensor], Tensor],
     *,
-    weight_term: Callable[[Tensor], Tensor] = lambda weight: weight.square().sum(0),
-    units: Callable[[Tensor], Tensor] = lambda channels: channels.sum(1),
+    weight_term: Callable[[Tensor], Tensor] = squared_norms,
+    units: Callable[[Tensor], Tensor] = sums,
 ) -> None:
     """Make `PruneConfig(score=name)` possible; the arguments are those of `Score`.
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ppgraph.errors import InputError, MethodError
+from ppgraph.capture import input_embedding
+from ppgraph.errors import InputError, MethodError, UnsupportedModelError
 from ppgraph.passes import Site
 
 # Tokens that losses are estimated on. More change the allocation little and cost a backward pass each.
@@ -128,7 +129,12 @@ def _hooks(
 
         return hook
 
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = input_embedding(model)
+    if embedding is None:
+        raise UnsupportedModelError(
+            f"the allocation needs gradients from the input embedding on, which {type(model).__name__} doesn't name; "
+            "give it a get_input_embeddings, or choose another allocation"
+        )
     yield embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for name, (site, _, _) in orders.items():
         yield model.get_submodule(site.exit[0].rpartition(".")[0]).register_forward_hook(keep(name))

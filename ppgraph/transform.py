@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppgraph import _torch
-from ppgraph.capture import install_output_hooks
+from ppgraph.capture import input_embedding, install_output_hooks
 from ppgraph.config import PruneConfig
 from ppgraph.errors import (
     CaptureError,
@@ -379,13 +379,16 @@ def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
 
 
 def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    unknown = ((ids < 0) | (ids >= embedding.shape[0])).nonzero()
+    embedding = input_embedding(model)
+    if embedding is None:
+        return
+    vocabulary = embedding.weight.shape[0]
+    unknown = ((ids < 0) | (ids >= vocabulary)).nonzero()
     if len(unknown):
         sample, token = unknown[0].tolist()
         raise InputError(
             f"token id {int(ids[sample, token])} (sample {sample}, token {token}) is outside of the vocabulary of "
-            f"{embedding.shape[0]}; is this another model's tokenizer?"
+            f"{vocabulary}; is this another model's tokenizer?"
         )
 
 

@@ -10,14 +10,14 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("families of models")
-    group.addoption("--all-families", action="store_true", help="test all families with each attention implementation")
+    group = parser.getgroup("ppgraph")
+    group.addoption("--thorough", action="store_true", help="all families whole, and real weights: half an hour more")
     group.addoption("--write-families", action="store_true", help="write what the tests find to the tables of families")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked `gpu` where there is no CUDA, and `all_families` where those are not asked for."""
-    wanted = {"gpu": torch.cuda.is_available(), "all_families": config.getoption("--all-families")}
+    """Leave out the tests marked `gpu` where there is no CUDA, and `thorough` where those are not asked for."""
+    wanted = {"gpu": torch.cuda.is_available(), "thorough": config.getoption("--thorough")}
     unwanted = [mark for mark, is_wanted in wanted.items() if not is_wanted]
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
     if left_out:

@@ -20,7 +20,7 @@ from ppgraph.errors import CaptureError, ConfigError, DecodeError
 from tests.reference import masked_dense_logits
 from tests.test_generate import MaskedTwin, cache_in, cached, model, prompts
 
-OPTIONS = {"ratio": 0.4, "skip_layers": 1, "width_multiple": 8}
+OPTIONS = {"ratio": 0.4, "skip_layers": 0, "width_multiple": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,16 @@ def test_a_compiled_model_is_pruned() -> None:
     compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS, fullgraph=True)
     require_pruned(dense, compiled, ids())
     assert compiled.ppgraph.config.ratio == 0.4
+
+
+@torch.no_grad()
+def test_samples_and_tokens_of_a_square_batch_are_told_apart() -> None:
+    dense = model(4)
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS, fullgraph=True, dynamic=True)
+    for samples, length in ((6, 6), (3, 9)):
+        require_pruned(dense, compiled, ids(samples, length))
+    assert len(compiled.ppgraph.graphs) == 1
+    assert torch.fx.experimental._config.use_duck_shape
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from tests.test_generate import OPTIONS, cache_in, cached, model, prompts
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -48,7 +48,7 @@ def built(family: str) -> nn.Module:
     torch.manual_seed(0)
     if family == "mistral":
         return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)).eval()
-    types = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
     if family == "gemma2":
         return Gemma2ForCausalLM(Gemma2Config(**SIZES, **types)).eval()
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **types)).eval()
@@ -98,17 +98,25 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["mha", "gqa", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "kind", "attention"),
+    [
+        ("mha", "dynamic", "sdpa"),
+        ("mha", "static", "sdpa"),
+        ("gqa", "dynamic", "eager"),
+        ("gqa", "static", "sdpa"),
+        ("mistral", "dynamic", "sdpa"),
+        ("mistral", "static", "eager"),
+        ("gemma2", "dynamic", "eager"),
+        ("gemma3", "static", "sdpa"),
+    ],
+)
 def test_a_conversation_equals_the_dense_model_masked_call_by_call(family: str, kind: str, attention: str) -> None:
-    if (family, attention) in (("gemma2", "sdpa"), ("gemma3", "eager"), ("mha", "eager")):
-        pytest.skip("gemma2 has eager attention only; the others would repeat gqa's")
     dense = built(family)
     dense.set_attn_implementation(attention)
     pruned = ppgraph.transform(dense, **OPTIONS)
     require_conversation(dense, pruned, kind, 3, padded=True)
-    assert {site.status for site in pruned.ppgraph.sites if site.layer > 0} == {"pruned"}
+    assert {site.status for site in pruned.ppgraph.sites} == {"pruned"}
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -93,18 +93,20 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
     [
         {"statistics": "probe"},
         {"statistics": "history"},
-        {"statistics": "history", "score": "wanda-sp"},
         {"blocks": ("mlp",)},
         {"blocks": ("attention",)},
         {"probe_batch": 0.5, "probe_tokens": 0.3},
         {"probe_batch": 1.0, "probe_tokens": 1.0},
         {"history_momentum": 1.0},
-        {"rescale_ratio": False},
     ],
     ids=str,
 )
 def test_other_configs_equal_the_reference(config: dict[str, Any]) -> None:
-    compare(llama(2), FOUR[:3], ratio=0.4, **SIZES, **config)
+    compare(llama(2, layers=1), FOUR[:3], ratio=0.4, **{**SIZES, "skip_layers": 0}, **config)
+
+
+def test_the_ratio_as_given_equals_the_reference() -> None:
+    compare(llama(2), FOUR[:2], ratio=0.4, rescale_ratio=False, statistics="probe", **SIZES)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -181,3 +183,16 @@ def test_one_graph_serves_all_shapes() -> None:
     for samples, length in ((3, 16), (2, 9), (30, 20), (50, 3), (21, 64)):
         pruned(**batch(samples, length), use_cache=False)
     assert [graph.phase for graph in pruned.ppgraph.graphs] == ["prefill"]
+
+
+@pytest.mark.parametrize("first", [(6, 6), (3, 9)])
+def test_samples_and_tokens_of_a_square_batch_are_told_apart(first: tuple[int, int]) -> None:
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+    for samples, length in (first, (7, 7), (4, 12)):
+        inputs = batch(samples, length, "left")
+        logits = pruned(**inputs, use_cache=False).logits
+        real = inputs["attention_mask"].bool()
+        expected = masked_dense_logits(model, pruned.ppgraph.selection(), **inputs)
+        assert relative(logits[real], expected[real]) < 1e-5
+    assert len(pruned.ppgraph.graphs) == 1

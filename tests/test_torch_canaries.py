@@ -348,6 +348,23 @@ def test_dynamo_settings_make_floats_constants() -> None:
     assert placeholders[1] == without_sizes + 1
 
 
+def test_own_symbols_make_dynamo_trace_again() -> None:
+    sizes: list[list[Any]] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        sizes.extend(value.shape for value in _torch.placeholder_values(graph) if isinstance(value, torch.Tensor))
+        with _torch.own_symbols(graph):
+            return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    assert compiled(torch.ones(5, 5)).shape == (5, 5)
+    assert compiled(torch.ones(4, 3)).shape == (4, 3)
+    shared, own = sizes
+    assert _torch.expression(shared[0]) == _torch.expression(shared[1])
+    assert _torch.expression(own[0]) != _torch.expression(own[1])
+
+
 def test_captured_nodes_know_their_module_and_source_line() -> None:
     def look(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)

@@ -193,8 +193,8 @@ def explain(model: nn.Module, config: PruneConfig | None = None, **inputs: Any) 
     try:
         Pruning(model, runtime).run("prefill", arguments)
     except _Explained:
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        return replace(runtime.explanation, rates=Rates.measured(embedding.device, embedding.dtype))
+        weight = next(model.parameters())
+        return replace(runtime.explanation, rates=Rates.measured(weight.device, weight.dtype))
     raise AssertionError("the capture ended without a graph")
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "BackendCompilerFailed",
     "FakeTensorMode",
     "arguments_of",
+    "bounds",
     "call_on_fakes",
     "compiled_with",
     "dtype_abbrs",
@@ -337,6 +338,12 @@ def quotient(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
         if found.as_numer_denom()[1] != 1:
             return None
     return found if found != 0 else None
+
+
+def bounds(size: torch.SymInt) -> tuple[Any, Any]:
+    """The lowest and the highest value that Dynamo takes a size to have."""
+    known = size.node.shape_env.bound_sympy(size.node.expr)
+    return known.lower, known.upper
 
 
 def fresh_function(template: types.FunctionType) -> types.FunctionType:

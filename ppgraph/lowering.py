@@ -93,8 +93,20 @@ def _give_tuple(call: Node, part: GraphModule) -> None:
 
 
 def structure(part: GraphModule) -> tuple[Any, ...]:
-    """All that a graph's compiled code depends on, hashable: graphs where it is equal can share that code."""
+    """All that a graph's compiled code depends on, hashable: graphs where it is equal can share that code.
+
+    Numbers that no tensor is sized by, such as how much each layer's cache holds, are told by their bounds alone.
+    """
     places = {node: place for place, node in enumerate(part.graph.nodes)}
+    tensors = [node.meta["val"] for node in places if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor)]
+    sizes = (size for value in tensors for size in (*value.shape, *value.stride()))
+    symbols = {symbol for size in sizes for symbol in _torch.expression(size).free_symbols}
+
+    def given(node: Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt) and not _torch.expression(value).free_symbols & symbols:
+            return ("number", *_torch.bounds(value))
+        return signature(value)
 
     def described(argument: Any) -> Any:
         if isinstance(argument, Node):
@@ -104,7 +116,7 @@ def structure(part: GraphModule) -> tuple[Any, ...]:
         return signature(argument)
 
     return tuple(
-        ("input", signature(node.meta["val"]))
+        ("input", given(node))
         if node.op == "placeholder"
         else (node.op, node.target, described(node.args), described(tuple(node.kwargs.items())))
         for node in part.graph.nodes

@@ -26,7 +26,7 @@ format: $(READY)
 	@$(BIN)/ruff format --quiet .
 
 demo: $(READY)
-	@$(BIN)/ppgraph demo $(DEMO_ARGS)
+	@$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)

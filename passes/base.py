@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ppgraph._torch import call_on_fakes, expression, trace
 from ppgraph.config import PruneConfig
@@ -260,28 +260,39 @@ class Builder:
     def inline(self, method: str, function: Callable[..., Any], *operands: Any) -> Any:
         """The nodes of plain tensor code on these operands (nodes, numbers, None, or containers of them).
 
+        Code is traced once for operands that look alike: layers repeat.
+
         Raises:
             MethodError: the code can't be traced, or holds tensors of its own; `method` says whose it is.
         """
         flat, spec = tree_flatten(operands)
         places = [index for index, operand in enumerate(flat) if isinstance(operand, Node)]
         nodes = [flat[index] for index in places]
-        values = [node.meta["val"] for node in nodes]
+        values = [operand.meta["val"] if isinstance(operand, Node) else operand for operand in flat]
+        known = self.program.shared.setdefault("traced", {})
+        key = (function, str(spec), signature(values))
+        if key not in known:
+            known[key] = self._traced(method, function, values, places, spec)
+        return self._inlined(method, known[key], nodes)
+
+    def _traced(
+        self, method: str, function: Callable[..., Any], values: list[Any], places: list[int], spec: TreeSpec
+    ) -> torch.fx.GraphModule:
+        """The graph of `function` on values of which those at `places` are its inputs."""
 
         def on_nodes_alone(*given: Any) -> Any:
-            filled = list(flat)
+            filled = list(values)
             for index, value in zip(places, given, strict=True):
                 filled[index] = value
             return function(*tree_unflatten(filled, spec))
 
         try:
-            traced = trace(on_nodes_alone, values)
+            return trace(on_nodes_alone, [values[place] for place in places])
         except Exception as error:
             raise MethodError(
                 f"{method} can't be traced into a graph: {type(error).__name__}: {error}; expected tensor code that "
                 "reads no values (.item(), if tensor:) and gives the shapes that ppgraph.methods states"
             ) from error
-        return self._inlined(method, traced, nodes)
 
     def _inlined(self, method: str, traced: torch.fx.GraphModule, operands: list[Node]) -> Any:
         given = iter(operands)

@@ -98,7 +98,9 @@ def structure(part: GraphModule) -> tuple[Any, ...]:
     Numbers that no tensor is sized by, such as how much each layer's cache holds, are told by their bounds alone.
     """
     places = {node: place for place, node in enumerate(part.graph.nodes)}
-    tensors = [node.meta["val"] for node in places if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor)]
+    tensors = [
+        node.meta["val"] for node in places if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor)
+    ]
     sizes = (size for value in tensors for size in (*value.shape, *value.stride()))
     symbols = {symbol for size in sizes for symbol in _torch.expression(size).free_symbols}
 

@@ -308,6 +308,15 @@ def test_expression_and_quotient_compare_sizes_without_guards() -> None:
     assert _torch.expression(7) == 7
 
 
+def test_bounds_are_what_dynamo_takes_a_size_to_have() -> None:
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        return [_torch.bounds(value) for value in _torch.placeholder_values(graph) if isinstance(value, torch.SymInt)]
+
+    for lowest, highest in seen_by_backend(look):
+        assert lowest == 2
+        assert highest > 2**31
+
+
 def test_floor_division_in_sizes_is_taken_apart() -> None:
     s, t = sympy.symbols("s t", positive=True, integer=True)
     assert _torch._without_floors(_torch.FloorDiv(s * t, t)) == s

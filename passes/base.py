@@ -124,6 +124,7 @@ class Program:
     """One captured graph on its way through the passes.
 
     `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
+    `token_mask`: the input that says which tokens are real, [B, cached + S] or by query and key [B, H, S, keys].
     `allocation`: units kept by site name, once an allocation has decided. `checked`: the sites that the result `finite`
     has a flag for, in order.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ppgraph.passes.base import Builder, PassResult, Program, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.token_axes import Prober, Sampling
 
@@ -82,12 +82,7 @@ def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None
 
 def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     length = build.size(stream, 1)
-    total = build.size(mask, 1)
-    if total is not length:
-        # Two pieces, for a slice from a symbolic start would have a size that nothing else has.
-        pieces = build(aten.split_with_sizes.default, mask, [build(operator.sub, total, length), length], 1)
-        mask = build(operator.getitem, pieces, 1)
-    real = build(aten.ne.Scalar, mask, 0)
+    real = _real_by_query(mask, build, stream) if len(shape_of(mask)) == 4 else _real_by_token(mask, build, length)
     start = build(aten.argmax.default, build(aten.to.dtype, real, torch.int32), 1, True)
     columns = build.add(start, build(aten.arange.default, length, device=mask.meta["val"].device))
     inside = build(aten.lt.Scalar, columns, length)
@@ -95,6 +90,33 @@ def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     aligned = build(aten.logical_and.default, build(aten.gather.default, real, 1, columns), inside)
     places = build(aten.any.dim, aligned, 0)
     return Padding(columns, aligned, build(aten.sum.default, places))
+
+
+def _real_by_token(mask: Node, build: Builder, length: Any) -> Node:
+    """Which of the batch's tokens are real [B, S], by a mask [B, cached + S]."""
+    total = build.size(mask, 1)
+    if total is not length:
+        # Two pieces, for a slice from a symbolic start would have a size that nothing else has.
+        pieces = build(aten.split_with_sizes.default, mask, [build(operator.sub, total, length), length], 1)
+        mask = build(operator.getitem, pieces, 1)
+    return build(aten.ne.Scalar, mask, 0)  # type: ignore[no-any-return]
+
+
+def _real_by_query(mask: Node, build: Builder, stream: Node) -> Node:
+    """The same by a mask [B, H, S, keys], boolean or added to scores: padding is what doesn't see itself.
+
+    Where keys of a cache come first, or its slots, it is what sees no key: padding at the left, as `generate` has it.
+    """
+    value = mask.meta["val"]
+    visible = mask
+    if value.dtype != torch.bool:
+        visible = build(aten.gt.Scalar, mask, torch.finfo(value.dtype).min / 2)
+    if same_size(shape_of(mask)[2], shape_of(mask)[3]):
+        seen = build(aten.diagonal.default, visible, 0, 2, 3)
+    else:
+        seen = build(aten.any.dim, visible, 3)
+    real = build(aten.any.dim, seen, 1)
+    return build(aten.expand.default, real, [build.size(stream, 0), build.size(stream, 1)])  # type: ignore[no-any-return]
 
 
 def sampling_of(program: Program, build: Builder, stream: Node) -> Sampling:

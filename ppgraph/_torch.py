@@ -311,8 +311,8 @@ def source_parameter(source: str) -> str:
 
 
 def source_argument(source: str) -> str:
-    """Name of the model argument a Dynamo source stands for (`attention_mask`), or an empty string."""
-    match = re.fullmatch(r"L(?:\['kwargs'\])?\['(\w+)'\]", source)
+    """Name of the model argument that a Dynamo source, or an entry in a dict, stands for; or an empty string."""
+    match = re.fullmatch(r"L(?:\['kwargs'\])?\['(\w+)'\](?:\['\w+'\])?", source)
     return match.group(1) if match else ""
 
 

@@ -34,17 +34,18 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
     traced = _torch.to_aten(module, values)
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     parameters: dict[Node, str] = {}
-    token_mask = None
+    masks: list[Node] = []
     for node, source in zip(inputs, sources, strict=True):
         name = _torch.source_parameter(source)
         if name:
             parameters[node] = name
-        if _torch.source_argument(source) == ATTENTION_MASK and node.meta["val"].dim() == 2:
-            token_mask = node
+        if _torch.source_argument(source) == ATTENTION_MASK and node.meta["val"].dim() in (2, 4):
+            masks.append(node)
     normalise(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Program(traced, config, parameters, token_mask), values
+    # Models with several kinds of layers take a mask for each; all of them tell the same tokens.
+    return Program(traced, config, parameters, masks[0] if masks else None), values
 
 
 def install_output_hooks(model: nn.Module) -> None:

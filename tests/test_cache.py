@@ -165,3 +165,18 @@ def test_prompts_whose_graphs_prune_other_blocks_are_decoded_alike(monkeypatch: 
     found = pruned(input_ids=step, attention_mask=mask, **cached(cache)).logits
     expected = masked_dense_logits(dense, selection, step, mask, **cached(other))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gqa", "gemma3"])
+def test_padding_never_counts_whatever_masks_generate_makes(family: str) -> None:
+    """For a static cache `generate` makes masks by query and key, a dict of them where layers differ."""
+    dense, inputs = built(family), prompts(4, PROMPT, padded=True)
+    chosen, histories = [], []
+    for implementation in ("dynamic", "static"):
+        pruned = ppgraph.transform(dense, **OPTIONS)
+        pruned.generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation=implementation)
+        chosen.append(pruned.ppgraph.selection())
+        history = pruned.ppgraph.history
+        histories.append({name: history[name][:PROMPT] for name in history})
+    assert_same(*chosen)
+    torch.testing.assert_close(histories[1], histories[0], rtol=1e-4, atol=1e-6)

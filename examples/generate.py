@@ -67,7 +67,7 @@ def main() -> None:
         {"model": name, "perplexity of decoding": decode_perplexity(each, windows)} for name, each in models.items()
     ]
     print(f"\n{WINDOWS} windows: {PROMPT_TOKENS} tokens of prompt, then {STEPS} scored; ratio {args.ratio}\n")
-    print(tabulate(rows, headers=("model", "perplexity of decoding"), floatfmt=".2f"))
+    print(tabulate(rows, headers="keys", floatfmt=".2f"))
 
 
 def parse() -> argparse.Namespace:

@@ -82,7 +82,7 @@ def zero_shot(
         limit: Only the first so many questions of each task.
 
     Returns:
-        {task: {"acc": ..., "acc_stderr": ..., maybe "acc_norm": ..., "questions": ...}}.
+        {task: {"acc": ..., maybe "acc_norm" and "acc_stderr": ..., "questions": ...}}.
 
     Raises:
         InputError: lm-eval is not installed, or a task can't be read.
@@ -96,7 +96,9 @@ def zero_shot(
     found = lm_eval.simple_evaluate(language_model, tasks=made, bootstrap_iters=0, log_samples=False)
     return {
         name: {
-            key.partition(",")[0]: float(value) for key, value in found["results"][name].items() if _is_accuracy(key)
+            key.partition(",")[0]: float(value)
+            for key, value in found["results"][name].items()
+            if _is_accuracy(key) and value != "N/A"  # an error that lm-eval has not estimated
         }
         | {"questions": float(len(questions[name]))}
         for name in questions

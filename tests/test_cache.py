@@ -101,11 +101,11 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize(
     ("family", "kind", "attention"),
     [
-        ("mha", "dynamic", "sdpa"),
+        pytest.param("mha", "dynamic", "sdpa", marks=pytest.mark.thorough),
         ("mha", "static", "sdpa"),
         ("gqa", "dynamic", "eager"),
         ("gqa", "static", "sdpa"),
-        ("mistral", "dynamic", "sdpa"),
+        pytest.param("mistral", "dynamic", "sdpa", marks=pytest.mark.thorough),
         ("mistral", "static", "eager"),
         ("gemma2", "dynamic", "eager"),
         ("gemma3", "static", "sdpa"),

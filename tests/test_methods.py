@@ -60,7 +60,7 @@ def require_same(pruned: Any, reference: Reference, batches: Sequence[Mapping[st
         assert relative(logits[real], expected.logits[real]) < 1e-5
 
 
-@pytest.mark.parametrize(("kv_heads", "bias", "ratio"), [(4, False, 0.3), (2, True, 0.2), (2, False, 0.5)])
+@pytest.mark.parametrize(("kv_heads", "bias", "ratio"), [(4, False, 0.3), (2, True, 0.5)])
 def test_flap_equals_the_reference(kv_heads: int, bias: bool, ratio: float) -> None:
     pruned, reference = flap_pair(llama(kv_heads, layers=3, bias=bias), ratio, **SIZES)
     assert pruned.ppgraph.history.allocation == reference.allocated

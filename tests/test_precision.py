@@ -13,7 +13,7 @@ from ppgraph import loading
 
 SAMPLES, TOKENS = 4, 128
 # Share of the channels that fp32 keeps, too. Where the probe takes half of the tokens, bf16 also ranks those otherwise:
-# with 8 x 256 tokens 93 % agree (fp16, 4 x 128: over 97 %), so what is tested here is what one and the same probe leads to.
+# with 8 x 256 tokens 93 % agree (fp16, 4 x 128: over 97 %). So this tests what one and the same probe leads to.
 LEAST = 0.97
 
 

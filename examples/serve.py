@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import select
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def waiting(most: int) -> Iterator[list[str]]:
-    """Batches of what is waiting: the next line, and all that have come by then."""
-    for line in iter(sys.stdin.readline, ""):
-        lines = [line]
-        while len(lines) < most and select.select([sys.stdin], [], [], 0)[0]:
-            following = sys.stdin.readline()
-            if not following:
-                break
-            lines.append(following)
-        prompts = [text for text in map(str.strip, lines) if text]
+    """Batches of what is waiting: the next prompt, and all that have come by then."""
+    arrived: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=read, args=(arrived,), daemon=True).start()
+    batch: list[str | None] = []
+    while not batch or batch[-1] is not None:
+        batch = [arrived.get()]
+        while len(batch) < most and not arrived.empty():
+            batch.append(arrived.get())
+        prompts = [prompt for prompt in batch if prompt is not None]
         if prompts:
             yield prompts
+
+
+def read(arrived: queue.Queue[str | None]) -> None:
+    """Put the prompts of stdin into a queue, and None behind them."""
+    for line in sys.stdin:
+        if line.strip():
+            arrived.put(line.strip())
+    arrived.put(None)
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> list[str]:

@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> None:
     """Load, calibrate, ask both models."""
     args = parse(arguments)
     model, tokenizer = load_model(args.model)
+    if tokenizer is None:
+        raise ppgraph.PPGraphError(f"{args.model} has no tokenizer; name a model that comes with one")
     text = args.calibration.read_text(encoding="utf-8")
     pruned = ppgraph.transform(model, ratio=args.ratio, lowering="eager")  # batches are few and of many lengths
     ppgraph.calibrate(pruned, windows(tokenizer, [text], 256)[:80].split(args.batch))

@@ -157,8 +157,9 @@ def _logits_of_second_half(model: nn.Module, ids: Tensor, half: int) -> Tensor:
     with torch.no_grad():
         begun = model(input_ids=ids[:, :half], use_cache=True)
         call = Call(start=half, selection=pruning.runtime.selection)
-        caches = {name: value for name, value in begun.items() if value is cache_of(begun.values())}
-        logits: Tensor = pruning.run("reuse", {"input_ids": ids[:, half:], "use_cache": True, **caches}, call).logits
+        cache = cache_of(begun.values())
+        name = next(name for name, value in begun.items() if value is cache)  # it differs between releases
+        logits: Tensor = pruning.run("reuse", {"input_ids": ids[:, half:], name: cache, "use_cache": True}, call).logits
     return torch.cat([begun.logits[:, -1:], logits[:, :-1]], dim=1)
 
 

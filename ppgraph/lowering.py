@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,18 +96,14 @@ def _give_tuple(call: Node, part: GraphModule) -> None:
 def structure(part: GraphModule) -> tuple[Any, ...]:
     """All that a graph's compiled code depends on, hashable: graphs where it is equal can share that code.
 
-    Numbers that no tensor is sized by, such as how much each layer's cache holds, are told by their bounds alone.
+    A number that no other input has to do with, such as how much a layer's cache holds, is told by its bounds alone.
     """
     places = {node: place for place, node in enumerate(part.graph.nodes)}
-    tensors = [
-        node.meta["val"] for node in places if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor)
-    ]
-    sizes = (size for value in tensors for size in (*value.shape, *value.stride()))
-    symbols = {symbol for size in sizes for symbol in _torch.expression(size).free_symbols}
+    inputs = [node.meta["val"] for node in places if node.op == "placeholder"]
+    uses = Counter(symbol for value in inputs for symbol in _symbols(value))
 
-    def given(node: Node) -> Any:
-        value = node.meta["val"]
-        if isinstance(value, torch.SymInt) and not _torch.expression(value).free_symbols & symbols:
+    def given(value: Any) -> Any:
+        if isinstance(value, torch.SymInt) and uses[_torch.expression(value)] == 1:
             return ("number", *_torch.bounds(value))
         return signature(value)
 
@@ -118,8 +115,15 @@ def structure(part: GraphModule) -> tuple[Any, ...]:
         return signature(argument)
 
     return tuple(
-        ("input", given(node))
+        ("input", given(node.meta["val"]))
         if node.op == "placeholder"
         else (node.op, node.target, described(node.args), described(tuple(node.kwargs.items())))
         for node in part.graph.nodes
     )
+
+
+def _symbols(value: Any) -> set[Any]:
+    """The symbols that a tensor's sizes and strides, or a number, are made of."""
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    formulas = [_torch.expression(size) for size in sizes if isinstance(size, torch.SymInt)]
+    return {symbol for formula in formulas for symbol in formula.free_symbols}

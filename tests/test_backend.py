@@ -67,6 +67,19 @@ def test_samples_and_tokens_of_a_square_batch_are_told_apart() -> None:
 
 
 @torch.no_grad()
+def test_a_chunk_as_long_as_the_cache_is_pruned() -> None:
+    dense = model(4)
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS, fullgraph=True, dynamic=True)
+    first, second = ids(3, 10).split(5, 1)
+    output = compiled(first, use_cache=True)
+    before = copy.deepcopy(cache_in(output))
+    found = compiled(second, **cached(cache_in(output))).logits
+    assert [site.reason for graph in compiled.ppgraph.graphs for site in graph.sites if site.refused] == []
+    expected = masked_dense_logits(dense, compiled.ppgraph.selection(), second, **cached(before))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_compile_in_place() -> None:
     dense = model(4)
     untouched = copy.deepcopy(dense)

@@ -100,6 +100,7 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
     [
         {"statistics": "probe"},
         {"statistics": "history"},
+        pytest.param({"statistics": "history", "score": "wanda-sp"}, marks=pytest.mark.thorough),
         {"blocks": ("mlp",)},
         {"blocks": ("attention",)},
         {"probe_batch": 0.5, "probe_tokens": 0.3},

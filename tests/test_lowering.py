@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 import ppgraph
 from ppgraph import _torch
+from ppgraph.lowering import structure
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
 from tests.test_generate import OPTIONS, cached, model, prompts
@@ -42,4 +44,28 @@ def test_layers_alike_are_compiled_once(cache: str | None, compiled: list[GraphM
         counts.append(len(compiled))
         expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    assert counts[0] == counts[1]
+    assert 0 < counts[0] == counts[1]
+
+
+def test_numbers_are_told_by_their_bounds_only_where_no_other_input_has_their_symbol() -> None:
+    """Code that was compiled for one number given twice must not serve two."""
+    found = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        symbol, other = (value for value in _torch.placeholder_values(graph) if isinstance(value, torch.SymInt))
+        found.extend(structure(adding(*numbers)) for numbers in ((symbol, other), (other, symbol), (symbol, symbol)))
+        return graph
+
+    with torch.no_grad():
+        torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.ones(5, 7))
+    assert found[0] == found[1] != found[2]
+
+
+def adding(*numbers: torch.SymInt) -> GraphModule:
+    graph = Graph()
+    inputs = []
+    for place, number in enumerate(numbers):
+        inputs.append(graph.placeholder(f"number_{place}"))
+        inputs[-1].meta["val"] = number
+    graph.output((graph.call_function(operator.add, tuple(inputs)),))
+    return GraphModule(torch.nn.Module(), graph)

@@ -60,7 +60,15 @@ def require_same(pruned: Any, reference: Reference, batches: Sequence[Mapping[st
         assert relative(logits[real], expected.logits[real]) < 1e-5
 
 
-@pytest.mark.parametrize(("kv_heads", "bias", "ratio"), [(4, False, 0.3), (2, True, 0.5)])
+@pytest.mark.parametrize(
+    ("kv_heads", "bias", "ratio"),
+    [
+        (4, False, 0.3),
+        (2, True, 0.5),
+        pytest.param(2, True, 0.2, marks=pytest.mark.thorough),
+        pytest.param(2, False, 0.5, marks=pytest.mark.thorough),
+    ],
+)
 def test_flap_equals_the_reference(kv_heads: int, bias: bool, ratio: float) -> None:
     pruned, reference = flap_pair(llama(kv_heads, layers=3, bias=bias), ratio, **SIZES)
     assert pruned.ppgraph.history.allocation == reference.allocated
@@ -288,7 +296,7 @@ def test_an_observation_of_ones_own_is_calibrated_and_moved() -> None:
     [
         (lambda f, term: f.sum(), r"score 'mine': channels must have shape \[64\], found \[\]"),
         (lambda f, term: f * f.sum().item(), "score 'mine' can't be traced into a graph"),
-        (lambda f, term: f * torch.tensor([2.0] * len(f)), "score 'mine' (brings a tensor of its own|can't be traced)"),
+        (lambda f, term: f * torch.tensor([2.0] * len(f)), "score 'mine' brings a tensor of its own"),
     ],
 )
 def test_a_bad_score_says_what_is_wrong(piece: Any, message: str) -> None:

@@ -12,9 +12,12 @@ import ppgraph
 from ppgraph import loading
 
 SAMPLES, TOKENS = 4, 128
-# Share of the channels that fp32 keeps, too. Where the probe takes half of the tokens, bf16 also ranks those otherwise:
-# with 8 x 256 tokens 93 % agree (fp16, 4 x 128: over 97 %). So this tests what one and the same probe leads to.
-LEAST = 0.97
+# Share of the channels that fp32 keeps, too. Where half of the tokens are probed, bf16 also ranks those otherwise
+# (benchmarks/precision.py), which costs some; with all of them probed, what is computed of them decides.
+LEAST = {
+    "full-batch": {torch.bfloat16: 0.97, torch.float16: 0.97},
+    "pp": {torch.bfloat16: 0.9, torch.float16: 0.97},
+}
 
 
 def cached_smollm2() -> Path | None:
@@ -23,12 +26,15 @@ def cached_smollm2() -> Path | None:
     return path if path.exists() else None
 
 
-def selected(dtype: torch.dtype, path: Path) -> list[dict[str, torch.Tensor]]:
+def selected(dtype: torch.dtype, path: Path, method: str) -> list[dict[str, torch.Tensor]]:
     model, tokenizer = loading.load_model(path, dtype=dtype)
     assert tokenizer is not None
     ids = torch.tensor(tokenizer("\n".join(pydoc_data.topics.topics.values())[:20000])["input_ids"])
     batches = ids[: 2 * SAMPLES * TOKENS].view(2, SAMPLES, TOKENS)
-    pruned = ppgraph.transform(model, ratio=0.4, method="full-batch", lowering="eager")
+    pruned = ppgraph.transform(model, ratio=0.4, method=method, lowering="eager")
+    if pruned.ppgraph.config.needs_history:
+        ppgraph.calibrate(pruned, [batches[0]], progress=False)
+        assert {pruned.ppgraph.history[name].dtype for name in pruned.ppgraph.history} == {torch.float32}
     found = []
     for batch in batches:
         assert bool(torch.isfinite(pruned(batch, use_cache=False).logits).all())
@@ -38,16 +44,17 @@ def selected(dtype: torch.dtype, path: Path) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.skipif(cached_smollm2() is None, reason="SmolLM2-135M is not in the cache; the demo downloads it")
 @pytest.mark.thorough
-def test_half_precision_keeps_the_channels_of_fp32() -> None:
+@pytest.mark.parametrize("method", LEAST)
+def test_half_precision_keeps_the_channels_of_fp32(method: str) -> None:
     path = cached_smollm2()
     assert path is not None
-    exact = selected(torch.float32, path)
-    for dtype in (torch.bfloat16, torch.float16):
+    exact = selected(torch.float32, path, method)
+    for dtype, least in LEAST[method].items():
         pairs = [
             (found[name], kept)
-            for expected, found in zip(exact, selected(dtype, path), strict=True)
+            for expected, found in zip(exact, selected(dtype, path, method), strict=True)
             for name, kept in expected.items()
         ]
         common = sum(int(torch.isin(found, kept).sum()) for found, kept in pairs)
         share = common / sum(len(kept) for _, kept in pairs)
-        assert share >= LEAST, f"{dtype}: {share:.4f}"
+        assert share >= least, f"{dtype}: {share:.4f}"

@@ -206,7 +206,7 @@ def test_a_pruned_forward_has_no_gradients_in_any_mode(wrapped: Any) -> None:
 # Masks
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, pytest.param(torch.int32, marks=pytest.mark.thorough)])
 def test_masks_of_any_dtype_mean_the_same(dtype: torch.dtype) -> None:
     inputs = batch(4, 13, "left")
     real = inputs["attention_mask"].bool()

@@ -19,12 +19,11 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
-from variants import DTYPES, add_arguments, dense_model, prune_config, results, static_model
+from variants import DTYPES, add_arguments, dense_model, prefill_call, prune_config, results, static_model
 
 import ppgraph
 from ppgraph.inspect.timing import compile_and_time, header, machine, timing_table, write_json
@@ -62,14 +61,12 @@ def compiled_calls(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dic
     dense = dense_model(args, args.device, "sdpa")
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
 
-    def call(model: Callable[..., Any]) -> Callable[[], object]:
-        return torch.no_grad()(lambda: model(tokens, use_cache=False, logits_to_keep=1))
-
-    return {
-        "dense": call(torch.compile(dense)),
-        "static": call(torch.compile(static_model(dense, config))),
-        "ppgraph": call(ppgraph.transform(dense, config)),
+    models = {
+        "dense": torch.compile(dense),
+        "static": torch.compile(static_model(dense, config)),
+        "ppgraph": ppgraph.transform(dense, config),
     }
+    return {name: prefill_call(model, tokens) for name, model in models.items()}
 
 
 def count_flops(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dict[str, int]:

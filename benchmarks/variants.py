@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,11 @@ def narrowed(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | No
     result = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     result.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     return result
+
+
+def prefill_call(model: Callable[..., Any], tokens: Tensor) -> Callable[[], object]:
+    """A call that gives the logits of the last token, as a prefill of `generate` does."""
+    return torch.no_grad()(lambda: model(tokens, use_cache=False, logits_to_keep=1))
 
 
 def results(

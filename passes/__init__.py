@@ -11,6 +11,7 @@ from ppgraph.passes.insert_score import InsertScore
 from ppgraph.passes.manager import run_passes
 from ppgraph.passes.observe_channels import ObserveChannels
 from ppgraph.passes.pack_weights import PackWeights
+from ppgraph.passes.reuse_probe import ReuseProbe
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights
 from ppgraph.passes.update_history import UpdateHistory
@@ -21,6 +22,7 @@ PRUNE: tuple[Pass, ...] = (
     InsertProbe(),
     InsertScore(),
     SelectWeights(),
+    ReuseProbe(),
     CompensateExit(),
     UpdateHistory(),
 )

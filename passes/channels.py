@@ -356,6 +356,7 @@ class Narrower:
         self.program, self.site, self.plan, self.build = program, site, plan, build
         self.units, self.channels = units, channels
         self.narrowed: dict[Node, Node] = {}
+        self.entries: dict[Node, tuple[Node, Node]] = {}
         # What an earlier block's narrowing has put in the place of a node that this plan may name.
         self.moved: dict[Node, Node] = program.shared.setdefault("moved", {})
 
@@ -459,6 +460,7 @@ class Narrower:
         pieces += [(view, layout, self._whole_rows(layout)) for view, layout in entry.whole.items()]
         rows = pieces[0][2] if len(pieces) == 1 else self.build(aten.cat.default, [piece[2] for piece in pieces])
         output = self._linear_on(linear, rows)
+        self.entries[linear] = (output, rows)
         start = 0
         for view, layout, _ in pieces:
             units = self.site.kept_units if view in entry.narrowed else 1

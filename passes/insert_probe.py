@@ -27,8 +27,8 @@ FEW_TOKENS = 10
 class Padding:
     """Where the real tokens lie when an attention mask was given; rows are aligned at their first real token.
 
-    `columns` [B, S]: the column of each sample's j-th place (the last column past its end). `real` [B, S]: whether a
-    real token is there. `length` []: the number of places at which any sample has a token.
+    `columns` [B, S]: the column of each sample's j-th place, each column once. `real` [B, S]: whether a real token is
+    there. `length` []: the number of places at which any sample has a token.
     """
 
     columns: Node
@@ -38,10 +38,14 @@ class Padding:
 
 @dataclass(frozen=True)
 class Probe:
-    """The probed channels `y` [B', S', C] of a site and the samples and tokens they belong to."""
+    """The probed channels `y` [B', S', C] of a site and the samples and tokens they belong to.
+
+    `linears`: what the probe has in the place of each linear, [B', S', channels] or flattened.
+    """
 
     y: Node
     sampling: Sampling
+    linears: dict[Node, Node]
 
 
 class InsertProbe:
@@ -59,11 +63,12 @@ class InsertProbe:
             build = Builder(program, block.exit_linear, self.name)
             sampling = sampling_of(program, build, block.stream)
             gathered = program.shared.setdefault(("gathered", block.stream), {})
-            y = Prober(block.probe, build, sampling, gathered).run()
+            prober = Prober(block.probe, build, sampling, gathered)
+            y = prober.run()
             sizes = [sampling.sample_count, sampling.token_count, site.width]
             if len(shape_of(y)) == 2:
                 y = build(aten.reshape.default, y, sizes)
-            program.shared["probe", site.name] = Probe(y, sampling)
+            program.shared["probe", site.name] = Probe(y, sampling, prober.linears())
             inserted += build.inserted
         return PassResult(inserted)
 
@@ -85,9 +90,9 @@ def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     real = _real_by_query(mask, build, stream) if len(shape_of(mask)) == 4 else _real_by_token(mask, build, length)
     start = build(aten.argmax.default, build(aten.to.dtype, real, torch.int32), 1, True)
     columns = build.add(start, build(aten.arange.default, length, device=mask.meta["val"].device))
-    inside = build(aten.lt.Scalar, columns, length)
-    columns = build(aten.clamp.default, columns, None, build(operator.sub, length, 1))
-    aligned = build(aten.logical_and.default, build(aten.gather.default, real, 1, columns), inside)
+    # Past its end a sample goes round to the padding ahead of its first token: each column has one place.
+    columns = build.where(build(aten.lt.Scalar, columns, length), columns, build(aten.sub.Scalar, columns, length))
+    aligned = build(aten.gather.default, real, 1, columns)
     places = build(aten.any.dim, aligned, 0)
     return Padding(columns, aligned, build(aten.sum.default, places))
 
@@ -155,19 +160,10 @@ def _most_important_tokens(build: Builder, norms: Node, count: Any) -> Node:
     """Step 1 for a batch without padding: [B, S] norms -> [S'] ascending."""
     importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
     tokens = build.ascending(build.highest(importance, count))
-    if isinstance(count, int):
-        few: Any = count <= FEW_TOKENS
-        if not few:
-            return tokens
-    sink = build(aten.eq.Scalar, _arange(build, count, tokens), 0)
-    if not isinstance(count, int):
-        few = build(
-            aten.le.Scalar,
-            build(aten.scalar_tensor.default, count, device=tokens.meta["val"].device),
-            FEW_TOKENS,
-        )
-        sink = build(aten.logical_and.default, sink, few)
-    return build(aten.masked_fill.Scalar, tokens, sink, 0)  # type: ignore[no-any-return]
+    if isinstance(count, int) and count > FEW_TOKENS:
+        return tokens
+    number = build(aten.scalar_tensor.default, count, device=tokens.meta["val"].device)
+    return _with_sink(build, tokens, build(aten.le.Scalar, number, FEW_TOKENS))
 
 
 def _most_important_real_tokens(
@@ -175,7 +171,7 @@ def _most_important_real_tokens(
 ) -> tuple[Node, Node]:
     """Step 1 under padding: `count` places sized by the batch's shape, of which its real length decides how many count.
 
-    Returns tokens [S'] ascending, fillers last, and used [S'], False at fillers.
+    Returns tokens [S'], all different, and used [S'], False at fillers, which stand last.
     """
     from fractions import Fraction
 
@@ -186,12 +182,19 @@ def _most_important_real_tokens(
     importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
     best = build.highest(importance, count)
     rank = _arange(build, count, best)
-    ordered = build.ascending(build.where(build(aten.lt.Tensor, rank, wanted), best, length))
-    few = build(aten.le.Scalar, wanted, FEW_TOKENS)
-    sink = build(aten.logical_and.default, build(aten.eq.Scalar, rank, 0), few)
-    ordered = build(aten.masked_fill.Scalar, ordered, sink, 0)
+    last = build(aten.add.Scalar, best, length)
+    ordered = build.ascending(build.where(build(aten.lt.Tensor, rank, wanted), best, last))
     used = build(aten.lt.Scalar, ordered, length)
-    return build(aten.clamp.default, ordered, None, build(operator.sub, length, 1)), used
+    tokens = build.where(used, ordered, build(aten.sub.Scalar, ordered, length))
+    return _with_sink(build, tokens, build(aten.le.Scalar, wanted, FEW_TOKENS)), used
+
+
+def _with_sink(build: Builder, tokens: Node, few: Node) -> Node:
+    """The first token takes the place of the first of `tokens` [S'] where `few` holds, and that one its place."""
+    first = build(aten.slice.Tensor, tokens, 0, 0, 1)
+    sink = build(aten.eq.Scalar, _arange(build, build.size(tokens, 0), tokens), 0)
+    swapped = build.where(build(aten.eq.Scalar, tokens, 0), first, tokens)
+    return build.where(few, build(aten.masked_fill.Scalar, swapped, sink, 0), tokens)
 
 
 def _placed(

@@ -28,6 +28,7 @@ from ppgraph.passes.operators import (
     call_target,
     is_attention_softmax,
     is_fused_attention,
+    is_linear,
     is_pointwise,
     is_product,
     is_reshape,
@@ -392,6 +393,10 @@ class Prober:
         """The exit linear's input on the probed places: [B', S', C], or [B'·S', C] where tokens are flattened."""
         return self._emit(*self.plan.output)
 
+    def linears(self) -> dict[Node, Node]:
+        """What stands in the place of each linear of the block."""
+        return {node: emitted for (node, _), emitted in self.emitted.items() if is_linear(node)}
+
     def _emit(self, node: Node, tags: Tags) -> Node:
         key = (node, tags)
         if not tags:
@@ -506,11 +511,10 @@ class Prober:
             columns = build(aten.expand.default, build(aten.unsqueeze.default, columns, 0), shape)
         chosen = build.select(places, 0, build(aten.reshape.default, columns, [-1]))
         chosen = build(aten.reshape.default, chosen, shape)
-        # Counted, as fillers may share the slot of a real token.
         real = sampling.real if sampling.real is not None else build(aten.ones_like.default, chosen, dtype=torch.bool)
-        counts = build(aten.new_zeros.default, chosen, [sampling.sample_count, count])
-        counts = build(aten.scatter_add.default, counts, 1, chosen, build(aten.to.dtype, real, torch.int64))
-        return build(aten.logical_or.default, older, build(aten.gt.Scalar, counts, 0)), count
+        seen = build(aten.new_zeros.default, real, [sampling.sample_count, count])
+        seen = build(aten.scatter.src, seen, 1, chosen, real)
+        return build(aten.logical_or.default, older, seen), count
 
 
 def others(build: Builder, node: Node, dim: int, tag: Tag, length: Any) -> Any:

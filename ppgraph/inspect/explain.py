@@ -29,7 +29,6 @@ from ppgraph.inspect.report import flops_totals, site_columns, status_columns, t
 from ppgraph.inspect.tables import Column, Table, binary_prefix, count, decimal_prefix, number, size, why_dense
 from ppgraph.passes import PRUNE, PassResult, Program, Site, run_passes
 from ppgraph.passes.find_sites import Ancestry, Block
-from ppgraph.passes.operators import is_product
 from ppgraph.runtime import Phase, Runtime
 from ppgraph.transform import Pruning, check_inputs, require_causal_lm, tokens_of
 
@@ -286,10 +285,8 @@ def _measure(program: Program, sizes: Sizes) -> _Measurement:
 
 def _exit_of(program: Program, site: Site, block: Block) -> Node:
     """The site's exit linear as it is now: the dense one, or what stands in its place."""
-    narrowed: Node | None = program.shared.get(("narrowed", site.name))
-    if narrowed is None:
-        return block.exit_linear
-    return next(user for user in narrowed.users if is_product(user))
+    exit_linear: Node = program.shared.get(("exit", site.name), block.exit_linear)
+    return exit_linear
 
 
 def _compared(dense: _Measurement, pruned: _Measurement, name: str) -> tuple[Work | None, WeightBytes | None]:

@@ -1,0 +1,256 @@
+"""Reuse the probe: what it computed for its rows need not be computed a second time.
+
+The products before a block's exit act on each row (one token of one sample) alone. What the probe has for its rows
+holds in full inference too, for the channels that are kept; so the full products run on the other rows, and the
+probe's rows are put behind them. Where all up to the exit acts on rows alone (an MLP), so does the exit, and the rows
+go back into the batch's order after it; elsewhere (attention) after each linear.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, same_size, shape_of
+from ppgraph.passes.find_sites import Block
+from ppgraph.passes.insert_probe import Probe
+from ppgraph.passes.operators import is_linear, is_pointwise, is_product, is_reshape, is_slice, linear_activations
+from ppgraph.passes.select_weights import sort_topologically
+from ppgraph.passes.token_axes import Sampling
+
+aten = torch.ops.aten
+
+
+class ReuseProbe:
+    """Makes the linears of each probed block run on the rows that were not probed.
+
+    What cannot be followed row by row is left as it is: the result is the same, only the saving differs.
+    """
+
+    name = "reuse_probe"
+    requires: tuple[str, ...] = ("insert_probe", "select_weights")
+
+    def __call__(self, program: Program) -> PassResult:
+        outcome = PassResult()
+        for site in program.scored_sites:
+            probe: Probe | None = program.shared.get(("probe", site.name))
+            if probe is not None:
+                build = Builder(program, program.shared["exit", site.name], self.name)
+                _reuse(program, build, site, probe, outcome)
+                outcome.inserted += build.inserted
+        sort_topologically(program.graph)
+        return outcome
+
+
+def _reuse(program: Program, build: Builder, site: Site, probe: Probe, outcome: PassResult) -> None:
+    block: Block = program.analysis[site.name]
+    rows = OtherRows(build, block.stream, row_order(program, build, block.stream, probe.sampling))
+    try:
+        _reuse_at_exit(program, rows, site, probe)
+    except Refusal:
+        _reuse_at_linears(program, rows, site, probe, outcome)
+
+
+def _reuse_at_exit(program: Program, rows: OtherRows, site: Site, probe: Probe) -> None:
+    """The whole block by rows.
+
+    Raises:
+        Refusal: something before the exit mixes rows, or is used elsewhere too.
+    """
+    block: Block = program.analysis[site.name]
+    exit_linear, narrowed = program.shared["exit", site.name], program.shared["narrowed", site.name]
+    others = rows.of(narrowed)
+    rows.require_no_other_users(exit_linear)
+    build, (_, channels) = rows.build, program.shared["kept", site.name]
+    joined = rows.join(others, probe.y, channels)
+    product = build.copy(exit_linear, lambda used: joined if used is narrowed else used)
+    exit_linear.replace_all_uses_with(rows.in_order(product, exit_linear))
+    program.shared["exit", site.name] = product
+    program.shared["narrowed", site.name] = rows.in_order(joined, block.exit_input)
+    erase_unused(program, exit_linear)
+
+
+def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Probe, outcome: PassResult) -> None:
+    """The linears by rows, each on its own: the narrowed ones, and those that stay whole."""
+    entries = program.shared["entries", site.name]
+    whole = {linear: (linear, None) for linear in reversed(probe.linears) if linear not in entries}
+    for linear, (product, channels) in (entries | whole).items():
+        if linear not in probe.linears or not product.users:
+            continue
+        try:
+            others = rows.of(product)
+        except Refusal as refusal:
+            outcome.refused.append(f"{site.name}: {refusal}")
+            continue
+        joined = rows.in_order(rows.join(others, probe.linears[linear], channels), product)
+        product.replace_all_uses_with(joined)
+        erase_unused(program, product)
+
+
+def erase_unused(program: Program, node: Node) -> None:
+    """Erase a call that nothing uses any more, and what only it used."""
+    if node.op == "call_function" and not node.users:
+        operands = node.all_input_nodes
+        program.graph.erase_node(node)
+        for operand in operands:
+            erase_unused(program, operand)
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The batch's rows, those that were not probed first.
+
+    `others` [B·S - B'·S']: which rows those are, ascending; None where all rows are probed. `slots` [B·S]: where each
+    row lies. `samples`, `tokens`: the batch's sizes B and S; `other_count`: how many rows were not probed.
+    """
+
+    others: Node | None
+    slots: Node
+    samples: Any
+    tokens: Any
+    other_count: Any
+
+
+def row_order(program: Program, build: Builder, stream: Node, sampling: Sampling) -> RowOrder:
+    """The order of rows for all blocks that read a residual stream."""
+    key = ("row order", stream)
+    if key not in program.shared:
+        program.shared[key] = _row_order(program, build, stream, sampling)
+    order: RowOrder = program.shared[key]
+    return order
+
+
+def _row_order(program: Program, build: Builder, stream: Node, sampling: Sampling) -> RowOrder:
+    samples, tokens = build.size(stream, 0), build.size(stream, 1)
+    count = build(operator.mul, samples, tokens)
+    probed_count = build(operator.mul, sampling.sample_count, sampling.token_count)
+    other_count = build(operator.sub, count, probed_count)
+    device = sampling.rows.meta["val"].device
+    every = build(aten.arange.default, count, device=device)
+    none = build(aten.zeros_like.default, every)
+    probed = build(aten.index_fill.int_Scalar, none, 0, sampling.rows, 1)
+    before = build(aten.sub.Tensor, build(aten.cumsum.default, build(aten.rsub.Scalar, probed, 1), 0), 1)
+    last = build.add(build(aten.arange.default, probed_count, device=device), other_count)
+    slots = build(aten.index_copy.default, build(aten.clamp.default, before, 0), 0, sampling.rows, last)
+    others = None
+    config = program.config
+    if (config.probe_batch < 1 or config.probe_tokens < 1) and not (isinstance(other_count, int) and other_count == 0):
+        inverse = build(aten.index_copy.default, none, 0, slots, every)
+        pieces = build(aten.split_with_sizes.default, inverse, [other_count, probed_count])
+        others = build(operator.getitem, pieces, 0)
+    return RowOrder(others, slots, samples, tokens, other_count)
+
+
+class OtherRows:
+    """Emits nodes again on the rows that were not probed, flattened: [B, S, C] or [B·S, C] -> [B·S - B'·S', C].
+
+    What depends on the residual stream by no matrix product (the norm) is gathered.
+    """
+
+    def __init__(self, build: Builder, stream: Node, order: RowOrder) -> None:
+        self.build, self.stream, self.order = build, stream, order
+        self.emitted: dict[Node, Node] = {}
+        self.walked: set[Node] = set()
+        self.after_product: dict[Node, bool] = {}
+
+    def of(self, node: Node) -> Node | None:
+        """`node` on the other rows; None where there are none.
+
+        Raises:
+            Refusal: something that it is made of doesn't act on each row alone.
+        """
+        self.walked = set()
+        return None if self.order.others is None else self._emit(node)
+
+    def require_no_other_users(self, end: Node) -> None:
+        """Check that all that `of` walked through serves `end` alone, so that nothing is computed twice.
+
+        Raises:
+            Refusal: something else uses a node.
+        """
+        for node in self.walked:
+            other = next((user for user in node.users if user is not end and user not in self.walked), None)
+            if other is not None:
+                raise Refusal(other, f"it uses {node.name} too")
+
+    def join(self, others: Node | None, probed: Node, channels: Node | None) -> Node:
+        """The other rows and, behind them, the probe's, of which `channels` are taken (all when None)."""
+        probed = self.build(aten.reshape.default, probed, [-1, shape_of(probed)[-1]])
+        if channels is not None:
+            probed = self.build.select(probed, 1, channels)
+        return probed if others is None else self.build(aten.cat.default, [others, probed])
+
+    def in_order(self, joined: Node, like: Node) -> Node:
+        """Joined rows in the batch's order, with the leading dimensions of `like`."""
+        rows = self.build.select(joined, 0, self.order.slots)
+        leading = [self.order.samples, self.order.tokens] if self._leading(like) == 2 else [-1]
+        return self.build(aten.reshape.default, rows, [*leading, shape_of(joined)[-1]])  # type: ignore[no-any-return]
+
+    def _leading(self, node: Node) -> int:
+        """How many dimensions count rows: samples and tokens side by side, or flattened.
+
+        Raises:
+            Refusal: neither.
+        """
+        shape, batch = shape_of(node), shape_of(self.stream)[:2]
+        if len(shape) >= 3 and all(same_size(size, own) for size, own in zip(shape, batch, strict=False)):
+            return 2
+        if len(shape) >= 2 and same_size(shape[0], batch[0] * batch[1]):
+            return 1
+        raise Refusal(node, f"{list(shape)} doesn't begin with samples and tokens")
+
+    def _emit(self, node: Node) -> Node:
+        if node not in self.emitted:
+            self.emitted[node] = self._again(node) if self._is_after_product(node) else self._gathered(node)
+        return self.emitted[node]
+
+    def _gathered(self, node: Node) -> Node:
+        assert self.order.others is not None
+        channels = shape_of(node)[self._leading(node) :]
+        flat = self.build(aten.reshape.default, node, [-1, *channels])
+        return self.build.select(flat, 0, self.order.others)
+
+    def _again(self, node: Node) -> Node:
+        self.walked.add(node)
+        leading = self._leading(node)
+        if is_linear(node):
+            activations = linear_activations(node)
+            rows = self._emit(activations)
+            return self.build.copy(node, lambda used: rows if used is activations else used)
+        if is_reshape(node):
+            return self._reshaped(node, leading)
+        if is_slice(node, len(shape_of(node)) - 1):
+            source = node.all_input_nodes[0]
+            return self.build(aten.slice.Tensor, self._emit(source), -1, *node.args[2:])  # type: ignore[no-any-return]
+        if is_pointwise(node):
+            return self.build.copy(node, lambda used: self._operand(node, used))
+        raise Refusal(node, "it doesn't act on each row alone")
+
+    def _reshaped(self, node: Node, leading: int) -> Node:
+        """A view that flattens samples and tokens, or takes them apart: the same rows."""
+        source = node.all_input_nodes[0]
+        before, after = shape_of(source)[self._leading(source) :], shape_of(node)[leading:]
+        if len(before) != len(after) or not all(map(same_size, before, after)):
+            raise Refusal(node, f"it changes channels {list(before)} to {list(after)}")
+        return self._emit(source)
+
+    def _operand(self, node: Node, operand: Node) -> Node:
+        """An operand by rows, or as it is where it broadcasts over rows."""
+        missing = len(shape_of(node)) - len(shape_of(operand))
+        if missing >= self._leading(node):
+            return operand
+        if missing:
+            raise Refusal(operand, f"{list(shape_of(operand))} broadcasts over a part of {list(shape_of(node))}")
+        return self._emit(operand)
+
+    def _is_after_product(self, node: Node) -> bool:
+        """Whether a matrix product lies between the residual stream and this node, or is it."""
+        if node is self.stream or node.op != "call_function" or node < self.stream:
+            return False
+        if node not in self.after_product:
+            self.after_product[node] = is_product(node) or any(map(self._is_after_product, node.all_input_nodes))
+        return self.after_product[node]

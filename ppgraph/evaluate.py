@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from ppgraph import _torch
 from ppgraph.calibrate import calibrate
 from ppgraph.config import PruneConfig
 from ppgraph.errors import InputError
@@ -164,8 +165,8 @@ def _logits_of_second_half(model: nn.Module, ids: Tensor, half: int) -> Tensor:
 
 
 def dense_flops(model: nn.Module, batch: Tensor) -> int:
-    """FLOPs of one batch as `torch.utils.flop_counter` counts them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs of one batch as `torch.utils.flop_counter` counts them, attention on CPUs included."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_torch.ATTENTION_FLOPS_ON_CPU) as counter:
         model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
     return int(counter.get_total_flops())
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppgraph import _torch
 from ppgraph.errors import InputError
@@ -409,3 +410,11 @@ def test_every_public_name_has_a_canary() -> None:
 
     text = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in _torch.__all__ if f"_torch.{name}" not in text] == []
+
+
+def test_attention_flops_on_cpu() -> None:
+    query = torch.ones(2, 3, 5, 8)
+    for mapping, expected in (({}, 0), (_torch.ATTENTION_FLOPS_ON_CPU, 2 * 2 * 2 * 3 * 5 * 5 * 8)):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+        assert counter.get_total_flops() == expected, "torch counts it now: drop the formula"

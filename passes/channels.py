@@ -332,6 +332,18 @@ def _constant_value(node: Node) -> torch.Tensor:
     return value
 
 
+def operands_of(node: Node) -> set[Node]:
+    """All that a node is made of."""
+    found: set[Node] = set()
+    left = [node]
+    while left:
+        for operand in left.pop().all_input_nodes:
+            if operand not in found:
+                found.add(operand)
+                left.append(operand)
+    return found
+
+
 class _SmallSizes:
     """Small numbers that stand for symbolic sizes, another prime for each symbol."""
 
@@ -456,8 +468,15 @@ class Narrower:
 
     def _entry(self, linear: Node) -> None:
         entry = self.plan.entries[linear]
-        pieces = [(view, layout, self._rows(layout)) for view, layout in entry.narrowed.items()]
-        pieces += [(view, layout, self._whole_rows(layout)) for view, layout in entry.whole.items()]
+        narrowed = [(view, layout, self._rows(layout)) for view, layout in entry.narrowed.items()]
+        whole = [(view, layout, self._whole_rows(layout)) for view, layout in entry.whole.items()]
+        # A probe may read keys of the whole batch, from a cache's slots: they must be there before anything is chosen.
+        read_first = not operands_of(self.units).isdisjoint(entry.whole) if whole else False
+        for pieces in (narrowed, whole) if read_first else (narrowed + whole,):
+            self._pieces(linear, entry, pieces)
+
+    def _pieces(self, linear: Node, entry: EntryLinear, pieces: Sequence[tuple[Node, Layout, Node]]) -> None:
+        """Put views of one product in the place of those of the fused projection."""
         rows = pieces[0][2] if len(pieces) == 1 else self.build(aten.cat.default, [piece[2] for piece in pieces])
         output = self._linear_on(linear, rows)
         self.entries[linear] = (output, rows)

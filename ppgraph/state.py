@@ -6,6 +6,7 @@ It is no part of `state_dict`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ppgraph.config import PruneConfig
-from ppgraph.errors import HistoryError
+from ppgraph.errors import HistoryError, UnsupportedModelError
 from ppgraph.methods import OBSERVATIONS
 from ppgraph.passes.base import Site
+from ppgraph.sharding import Share
 
 # Histories grow by whole steps of positions, so that batches a little longer than the last don't copy it each time.
 GROWTH = 128
@@ -33,7 +35,8 @@ class History:
     """What was observed of every channel, for each position: {site name: [positions, C]}, fp32.
 
     That is the tensor that scores read (the mean square, unless the config observes something else); `memory` gives
-    all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them. `seen`
+    all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them; where
+    tensor parallelism spreads a model over ranks, those of all ranks together, while C are this rank's channels. `seen`
     [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with the
     longest batch so far, not with the model's context.
     """
@@ -41,6 +44,7 @@ class History:
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
         self._widths: dict[str, int] = {}
+        self._shares: dict[str, Share] = {}
         observation = OBSERVATIONS[config.observed]
         self._tensors, self._moment_names = observation.tensors, observation.moments
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
@@ -93,12 +97,17 @@ class History:
     def __len__(self) -> int:
         return len(self._values)
 
-    def declare(self, sites: list[Site], device: torch.device) -> None:
+    def declare(self, sites: list[Site], device: torch.device, shares: Mapping[str, Share]) -> None:
         """Make room for these sites; sites already known must have the same width.
+
+        Of sites in `shares` this rank holds only a part of the channels.
 
         Raises:
             HistoryError: a site has another width than the history holds.
+            UnsupportedModelError: a moment is to be held of channels that lie on several ranks.
         """
+        self._shares |= {site.name: shares[site.name] for site in sites if site.name in shares}
+        self._refuse_spread_moments()
         for site in sites:
             known = self._widths.setdefault(site.name, site.width)
             if known != site.width:
@@ -117,11 +126,26 @@ class History:
         if self._seen.device != device:
             self._seen = self._seen.to(device)
 
+    def _refuse_spread_moments(self) -> None:
+        if self._shares and self._moment_names:
+            raise UnsupportedModelError(
+                f"observed={self._config.observed!r} holds what pairs of channels have in common, but the channels of "
+                f"{next(iter(self._shares))} lie on several ranks; observe without moments, or use one device"
+            )
+
+    def kept_here(self) -> dict[str, int] | None:
+        """The units of each site that this rank keeps by the allocation; None before one is made."""
+        if self.allocation is None:
+            return None
+        portions = {name: share.portion for name, share in self._shares.items()}
+        return {name: portions[name](units) if name in portions else units for name, units in self.allocation.items()}
+
     def reserve(self, positions: int) -> None:
         """Make sure that positions below `positions` exist; new ones hold 0."""
-        if positions <= self.positions:
-            return
-        grown = -(-positions // GROWTH) * GROWTH
+        if positions > self.positions:
+            self._grow(-(-positions // GROWTH) * GROWTH)
+
+    def _grow(self, grown: int) -> None:
         for tensors in self._values.values():
             for name, value in tensors.items():
                 tensors[name] = self._grown(value, grown)
@@ -146,33 +170,50 @@ class History:
         The JSON names the safetensors file and is replaced last, in one step: an interrupted save leaves the old
         history whole.
 
+        Where tensor parallelism spreads a model over ranks, every rank calls this: the channels of all are gathered,
+        and the first rank writes one history, which loads under any number of ranks.
+
         Raises:
             HistoryError: the folder cannot be made or written to.
         """
+        tensors = {key: self._whole(site, self._values[site][tensor]) for key, site, tensor in self._keys()}
+        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
+        write = functools.partial(self._write, folder, {**tensors, "seen": self._seen})
+        share = next(iter(self._shares.values()), None)
+        if share is None:
+            write()
+        else:
+            share.on_first_rank(write)
+
+    def _whole(self, site: str, value: torch.Tensor) -> torch.Tensor:
+        return self._shares[site].whole(value) if site in self._shares else value.contiguous()
+
+    def _totals(self) -> dict[str, int]:
+        """The channels of each site on all ranks together."""
+        shares = self._shares
+        return {name: shares[name].total if name in shares else width for name, width in self._widths.items()}
+
+    def _write(self, folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
         try:
-            self._save(Path(folder))
+            self._save(Path(folder), tensors)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise HistoryError(
                 f"cannot save the history to {folder} ({reason}); choose a folder that can be written"
             ) from error
 
-    def _save(self, target: Path) -> None:
+    def _save(self, target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
         os.close(handle)
-        tensors = {
-            key: self._values[site][tensor].contiguous() for key, site, tensor in _keys(self._widths, self._tensors)
-        }
-        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
         try:
-            save_file({**tensors, "seen": self._seen}, data)
+            save_file(dict(tensors), data)
             index = {
                 "format": FORMAT,
                 "data": Path(data).name,
                 "sha256": _digest(Path(data)),
                 "config": self._config.to_dict(),
-                "sites": dict(self._widths),
+                "sites": self._totals(),
                 "tensors": list(self._tensors),
                 "moments": list(self._moment_names),
                 "allocation": self.allocation,
@@ -189,6 +230,8 @@ class History:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Take over a saved history; nothing changes when it does not fit.
 
+        It may have been saved under another number of ranks: each takes the channels that it holds.
+
         Raises:
             HistoryError: files are missing or damaged, or hold other sites or widths (another model, or a config that
                 prunes other blocks or layers).
@@ -199,13 +242,20 @@ class History:
         values = _read_tensors(source / index["data"], index)
         device = self._seen.device
         self._seen = values["seen"].to(device)
-        self._widths = dict(index["sites"])
+        widths = {site: len(share.channels) for site, share in self._shares.items()}
+        self._widths = {**index["sites"], **widths}
         self._values = {site: {} for site in self._widths}
-        for key, site, tensor in _keys(self._widths, self._tensors):
-            self._values[site][tensor] = values[key].to(device)
+        for key, site, tensor in self._keys():
+            self._values[site][tensor] = self._part(site, values[key].to(device))
         for site in self._widths:
             self._moments[site] = {name: values[f"{site}:{name}"].to(device) for name in self._moment_names}
         self.allocation = index["allocation"]
+
+    def _part(self, site: str, value: torch.Tensor) -> torch.Tensor:
+        return self._shares[site].part(value) if site in self._shares else value
+
+    def _keys(self) -> Iterator[tuple[str, str, str]]:
+        return _keys(self._widths, self._tensors)
 
     def _require_same_sites(self, index: Mapping[str, Any]) -> None:
         if (*index["tensors"], *index["moments"]) != (*self._tensors, *self._moment_names):
@@ -215,8 +265,9 @@ class History:
                 "load it into a model that observes the same"
             )
         saved = index["sites"]
-        for name in sorted(set(saved) | set(self._widths)):
-            mine, other = self._widths.get(name), saved.get(name)
+        held = self._totals()
+        for name in sorted(set(saved) | set(held)):
+            mine, other = held.get(name), saved.get(name)
             if mine != other and self._widths:
                 raise HistoryError(
                     f"the saved history belongs to another model or config: {name} has {other or 'no'} channels there "

@@ -371,7 +371,11 @@ def _split(node: Node, axis: Axis) -> Operands:
     if packet is aten.unbind:
         return [(source, axis.at(axis.dim + (axis.dim >= dim)))]
     if axis.dim == dim:
-        raise _mixed(node, axis)
+        raise Refusal(
+            node,
+            f"it takes a part of dimension {dim}; pruning needs all channels of a block to reach its exit linear, and "
+            "not a plan that gathers them on every rank and divides them again",
+        )
     return [(source, axis)]
 
 

@@ -251,9 +251,9 @@ class Runtime:
     def _require_whole(self, sites: Sequence[Site]) -> None:
         if self.shares:
             raise UnsupportedModelError(
-                f"allocation={self.config.allocation!r} needs gradients of the loss, which ppgraph does not take through "
-                f"a model that is spread over ranks ({sites[0].name} is); calibrate on one device and load that history "
-                "here, or use allocation='global'"
+                f"allocation={self.config.allocation!r} needs gradients of the loss, which ppgraph does not take "
+                f"through channels on several ranks, as those of {sites[0].name} are; calibrate on one device and load "
+                "that history here, or use allocation='global'"
             )
 
     def order_of(self, candidate: Candidate) -> torch.Tensor:

@@ -226,5 +226,5 @@ def _wrapped(share: Any, value: Any) -> Any:
     """The DTensor that `value` is, made of a share of it; other values as they are."""
     if not isinstance(value, DTensor):
         return share
-    placed = {"shape": value.shape, "stride": value.stride()}
-    return DTensor.from_local(share, value.device_mesh, value.placements, run_check=False, **placed)
+    mesh, places = value.device_mesh, value.placements
+    return DTensor.from_local(share, mesh, places, run_check=False, shape=value.shape, stride=value.stride())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed import ProcessGroup
 
 from ppgraph.config import PruneConfig
 from ppgraph.errors import HistoryError, UnsupportedModelError
@@ -97,7 +98,7 @@ class History:
     def __len__(self) -> int:
         return len(self._values)
 
-    def declare(self, sites: list[Site], device: torch.device, shares: Mapping[str, Share]) -> None:
+    def declare(self, sites: list[Site], device: torch.device, shares: Mapping[str, Share] | None = None) -> None:
         """Make room for these sites; sites already known must have the same width.
 
         Of sites in `shares` this rank holds only a part of the channels.
@@ -106,7 +107,7 @@ class History:
             HistoryError: a site has another width than the history holds.
             UnsupportedModelError: a moment is to be held of channels that lie on several ranks.
         """
-        self._shares |= {site.name: shares[site.name] for site in sites if site.name in shares}
+        self._shares |= {site.name: shares[site.name] for site in sites if shares and site.name in shares}
         self._refuse_spread_moments()
         for site in sites:
             known = self._widths.setdefault(site.name, site.width)
@@ -163,6 +164,53 @@ class History:
                 moment: self._zeros(width, width, self._seen.device) for moment in self._moment_names
             }
         self._seen = self._zeros_like_seen(0)
+
+    def average(self, group: ProcessGroup | None = None) -> None:
+        """Let data-parallel replicas learn from each other: afterwards each holds the mean of what all have observed.
+
+        At each position replicas weigh in by the samples that their calibration saw there; where none saw any, those
+        that hold something weigh alike. `seen` becomes its mean too, so that calibration may go on after it, and a
+        second call changes nothing. Communicates: every rank of the group calls it.
+
+        Args:
+            group: The replicas; all ranks when None. Under tensor parallelism those that hold the same channels.
+
+        Raises:
+            HistoryError: on every rank, where the histories are of different models, configs, channels or allocations.
+        """
+        positions = max(self._alike(group))
+        self._grow(max(positions, self.positions))
+        ranks = torch.distributed.get_world_size(group)
+        sums = functools.partial(_sum_over, group)
+        calibrated = sums(self._seen) > 0
+        for tensors in self._values.values():
+            for value in tensors.values():
+                weight = torch.where(calibrated, self._seen, (value != 0).any(dim=1).float()).unsqueeze(1)
+                value.copy_(sums(weight * value) / sums(weight).clamp(min=1))
+        for moments in self._moments.values():
+            for moment in moments.values():
+                moment.copy_(sums(moment) / ranks)
+        self._seen.copy_(sums(self._seen) / ranks)
+
+    def _alike(self, group: ProcessGroup | None) -> list[int]:
+        """The positions that each rank of a group holds, once they are seen to hold the same of the same model."""
+        first_channels = {name: int(share.channels[0]) for name, share in self._shares.items()}
+        own = {
+            "sites": (self._widths, first_channels),
+            "tensors": (self._tensors, self._moment_names),
+            "allocation": self.allocation,
+        }
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, (own, self.positions), group=group)
+        for rank, (other, _) in enumerate(found):
+            for what in own:
+                if found[0][0][what] != other[what]:
+                    raise HistoryError(
+                        f"expected histories of replicas, but ranks 0 and {rank} of the group differ in their {what}: "
+                        f"{found[0][0][what]} and {other[what]}; average over a group of ranks that hold the same part "
+                        "of the same model, transformed with the same config"
+                    )
+        return [positions for _, positions in found]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `ppgraph.json` and the statistics (safetensors) into `folder`.
@@ -287,6 +335,12 @@ class History:
             grown = value.new_zeros((positions, *value.shape[1:]))
             grown[: len(value)] = value
             return grown
+
+
+def _sum_over(group: ProcessGroup | None, value: torch.Tensor) -> torch.Tensor:
+    total = value.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _digest(path: Path) -> str:

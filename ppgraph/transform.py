@@ -468,9 +468,9 @@ def require_causal_lm(model: object) -> None:
         )
     require_known_sharding(model)
     for name, parameter in model.named_parameters():
-        parameter = local_value(parameter)
-        if _torch.is_wrapped(parameter) or parameter.dtype == torch.uint8:
-            kind = f"{type(parameter).__name__} {parameter.dtype} {list(parameter.shape)}"
+        weight = local_value(parameter)
+        if _torch.is_wrapped(weight) or weight.dtype == torch.uint8:
+            kind = f"{type(weight).__name__} {weight.dtype} {list(weight.shape)}"
             raise UnsupportedModelError(
                 f"{name} is no plain weight but a {kind}, as quantisation leaves it, of which rows and columns "
                 "can't be selected; load the model without, or dequantise it (model.dequantize())"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -125,6 +126,7 @@ class Program:
 
     `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
     `token_mask`: the input that says which tokens are real, [B, cached + S] or by query and key [B, H, S, keys].
+    `sharded`: of inputs that are this rank's share of a DTensor, that (fake) DTensor.
     `allocation`: units kept by site name, once an allocation has decided. `checked`: the sites that the result `finite`
     has a flag for, in order.
     """
@@ -144,6 +146,7 @@ class Program:
     packing: Packing | None = None
     cuts: set[Node] = field(default_factory=set)
     observer: Observer | None = None
+    sharded: dict[Node, DTensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:

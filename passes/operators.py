@@ -66,6 +66,8 @@ def rule_of(node: Node) -> Rule | None:
     packet = _packet(node)
     if packet in RULES:
         return RULES[packet]
+    if is_collective(node):
+        return _exchange
     target = node.target
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return None if target._schema.is_mutable else _pointwise
@@ -79,8 +81,13 @@ def is_product(node: Node) -> bool:
     """
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.namespace not in ("aten", "prims") or _packet(node) in PRODUCTS
+        return not (target.namespace in ("aten", "prims") or is_collective(node)) or _packet(node) in PRODUCTS
     return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_collective(node: Node) -> bool:
+    """Whether the operator exchanges tensors with other ranks, or waits for that."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional"
 
 
 def is_linear(node: Node) -> bool:
@@ -207,6 +214,14 @@ def _mixed(node: Node, axis: Axis) -> Refusal:
         node,
         f"it mixes dimension {axis.dim}, so that a part of it takes all of its input; pruning needs an operator that "
         "keeps it apart",
+    )
+
+
+def _exchange(node: Node, axis: Axis) -> Operands:
+    raise Refusal(
+        node,
+        "it exchanges channels between ranks inside of the block; pruning needs a plan that keeps them on one rank, "
+        "from the entry linears to the exit linear",
     )
 
 
@@ -356,7 +371,11 @@ def _split(node: Node, axis: Axis) -> Operands:
     if packet is aten.unbind:
         return [(source, axis.at(axis.dim + (axis.dim >= dim)))]
     if axis.dim == dim:
-        raise _mixed(node, axis)
+        raise Refusal(
+            node,
+            f"it takes a part of dimension {dim}; pruning needs all channels of a block to reach its exit linear, and "
+            "not a plan that gathers them on every rank and divides them again",
+        )
     return [(source, axis)]
 
 

@@ -63,6 +63,7 @@ __all__ = [
     "to_aten",
     "trace",
     "trace_artifact",
+    "trace_below_autograd",
     "traced_code",
     "traced_module",
     "unset_fake_temporarily",
@@ -131,6 +132,13 @@ def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """Tensor code as a graph of ATen operators that keeps symbolic sizes; call inside `graph_world`."""
     traced = make_fx(function, pre_dispatch=True, tracing_mode="real")(*values)
+    assert isinstance(traced, GraphModule)
+    return traced
+
+
+def trace_below_autograd(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    """As `trace`, of what tensor subclasses such as DTensor come down to; call inside `graph_world`."""
+    traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     assert isinstance(traced, GraphModule)
     return traced
 

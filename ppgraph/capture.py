@@ -17,6 +17,7 @@ from ppgraph import _torch
 from ppgraph.config import PruneConfig
 from ppgraph.passes.base import Program, same_size
 from ppgraph.passes.operators import is_view
+from ppgraph.sharding import localise
 
 aten = torch.ops.aten
 
@@ -28,6 +29,7 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
 
     Returns the program and the fake values of its inputs. Must run inside `_torch.graph_world`.
     """
+    sharded = localise(module)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     sources = [_torch.placeholder_source(node) for node in placeholders]
     values = _torch.placeholder_values(module)
@@ -45,7 +47,10 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
     traced.graph.eliminate_dead_code()
     traced.recompile()
     # Models with several kinds of layers take a mask for each; all of them tell the same tokens.
-    return Program(traced, config, parameters, masks[0] if masks else None), values
+    program = Program(traced, config, parameters, masks[0] if masks else None)
+    pairs = zip(inputs, placeholders, strict=True)
+    program.sharded = {node: sharded[placeholder] for node, placeholder in pairs if placeholder in sharded}
+    return program, values
 
 
 def install_output_hooks(model: nn.Module) -> None:
@@ -131,6 +136,24 @@ def _assign_to_slice(node: Node) -> bool:
     return True
 
 
+def _assign_to_whole(node: Node) -> bool:
+    """After `x.copy_(y)` on all of x, y is read in its place: so end collectives that work in place."""
+    if node.target is not aten.copy_.default:
+        return False
+    base, source = node.args[:2]
+    if not isinstance(base, Node) or not isinstance(source, Node) or not _owns_memory(base):
+        return False
+    before, after = base.meta["val"], source.meta["val"]
+    alike = before.dtype == after.dtype and all(map(same_size, before.shape, after.shape))
+    if not alike or before.dim() != after.dim() or any(map(is_view, base.users)):
+        return False
+    for user in [user for user in base.users if user > node]:
+        user.replace_input_with(base, source)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+    return True
+
+
 def _without_mutation(node: Node) -> bool:
     """`add_` becomes `add` where nothing reads the overwritten tensor afterwards."""
     target = node.target
@@ -203,6 +226,7 @@ NORMALISATIONS = (
     _lay_out_slice,
     _spell_type_as_cast,
     _assign_to_slice,
+    _assign_to_whole,
     _without_mutation,
     _read_back_what_was_written,
     _read_new_keys_of_fresh_slots,

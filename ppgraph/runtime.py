@@ -34,6 +34,7 @@ from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
 from ppgraph.selections import SelectionStatistics
+from ppgraph.sharding import Share, local_values, share_of
 from ppgraph.state import History
 
 log = logging.getLogger("ppgraph")
@@ -118,12 +119,14 @@ class Runtime:
         self.history = History(self.config)
         self.statistics = SelectionStatistics()
         self.lock = threading.RLock()
+        self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The same state for a copied model; its graphs are compiled anew."""
         made = Runtime(self.config, self.lowering, dict(self.options), self.sites)
+        made.shares = dict(self.shares)
         made.history = copy.deepcopy(self.history, memo)
         if self.selection is not None:
             made.keep_selection(dict(self.selection.channels))
@@ -138,7 +141,7 @@ class Runtime:
         values = _torch.placeholder_values(module)
         with _torch.graph_world(_torch.fake_mode_of(values)):
             program, _ = capture(module, self.config)
-            program.allocation = self.history.allocation
+            program.allocation = self.history.kept_here()
             code = _torch.traced_code() if phase is None else None
             phase = phase or self.step_phase(is_decoding_step(program))
             program.observer = observers(phase)
@@ -165,7 +168,7 @@ class Runtime:
         """Find the sites of a graph from Dynamo without rewriting it."""
         with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):
             program, _ = capture(module, self.config)
-            program.allocation = self.history.allocation
+            program.allocation = self.history.kept_here()
             self._adopt(run_passes(program, ANALYSE), "dense")
         return program
 
@@ -218,6 +221,8 @@ class Runtime:
     ) -> None:
         """Decide what each of a model's `sites` keeps from what calibration observed; later captures follow.
 
+        Of a model that is spread over ranks the whole decides, and each rank keeps its portion: every rank calls this.
+
         `parameter` gives a model's parameter by name, `losses` the loss curves of candidates where they are asked for.
         """
         allocation = ALLOCATIONS[self.config.allocation]
@@ -226,6 +231,7 @@ class Runtime:
         ratio = layer_ratio(self.config, len({site.layer for site in sites}))
         candidates = [self._candidate(site, parameter(site.exit[0])) for site in sites if site.candidate]
         if allocation.by_loss:
+            self._require_whole(sites)
             found = losses(candidates)
             candidates = [replace(candidate, losses=found[candidate.site.name]) for candidate in candidates]
         self.history.allocation = dict(allocation.allocate(candidates, ratio))
@@ -234,9 +240,21 @@ class Runtime:
         known = self.history.seen > 0
         memory = {tensor: value[known] for tensor, value in self.history.memory(site.name).items()}
         term = self.weight_term(site.name, weight, site.channel_dim)
+        share = self.shares.get(site.name)
+        if share is not None:
+            memory = {tensor: share.whole(value) for tensor, value in memory.items()}
+            site, term = replace(site, width=share.total, units=share.total // site.block), share.whole(term)
         scores = SCORES[self.config.score].channels(next(iter(memory.values())).sum(0), term)
         step = self.config.width_multiple if site.kind == "mlp" else 1
         return Candidate(site, scores, memory, step)
+
+    def _require_whole(self, sites: Sequence[Site]) -> None:
+        if self.shares:
+            raise UnsupportedModelError(
+                f"allocation={self.config.allocation!r} needs gradients of the loss, which ppgraph does not take "
+                f"through channels on several ranks, as those of {sites[0].name} are; calibrate on one device and load "
+                "that history here, or use allocation='global'"
+            )
 
     def order_of(self, candidate: Candidate) -> torch.Tensor:
         """A candidate's units, the least important first: [U] int64."""
@@ -284,10 +302,11 @@ class Runtime:
                 log.warning("%s stays dense%s: %s", site.name, where, site.reason)
         if self.sites is None:
             self.sites = list(program.sites)
+        self.shares |= shares_of(program)
         observed = program.observed_sites
         if observed and self.config.needs_history:
             with _torch.unset_fake_temporarily():
-                self.history.declare(observed, _device(program))
+                self.history.declare(observed, _device(program), self.shares)
 
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
@@ -313,6 +332,7 @@ class GraphRunner:
         self._allocation, self._prunes = program.allocation, "select_weights" in program.applied
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
+        self._takes_shares = bool(program.sharded)
         placeholders = program.placeholders()
         self._parameter_places = {placeholders.index(node) for node in program.parameters}
         self._units_of: tuple[Selection | None, dict[str, torch.Tensor]] = (None, {})
@@ -325,6 +345,8 @@ class GraphRunner:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         runtime = self._runtime
+        if self._takes_shares:
+            inputs = tuple(local_values(inputs))
         with runtime.lock:
             if self._code is None:
                 return self._call(inputs)
@@ -364,7 +386,7 @@ class GraphRunner:
 
     def _call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         runtime = self._runtime
-        if self._prunes and runtime.history.allocation != self._allocation:
+        if self._prunes and runtime.history.kept_here() != self._allocation:
             raise GraphError(
                 "calibration (or a loaded history) changed how many units each block keeps, and this graph was "
                 "captured before that; call torch.compiler.reset(), then the model again"
@@ -442,6 +464,14 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results)
             self._runtime.statistics.add(results, self._runtime.sites or [])
+
+
+def shares_of(program: Program) -> dict[str, Share]:
+    """This rank's share of the channels of each site whose exit weight is spread over ranks, by name."""
+    blocks = {site.name: program.analysis[site.name] for site in program.sites if not site.refused}
+    spread = {name: block for name, block in blocks.items() if block.weight in program.sharded}
+    shares = {name: share_of(program.sharded[block.weight], block.weight_dim) for name, block in spread.items()}
+    return {name: share for name, share in shares.items() if share is not None}
 
 
 def is_decoding_step(program: Program) -> bool:

@@ -6,6 +6,7 @@ It is no part of `state_dict`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed import ProcessGroup
 
 from ppgraph.config import PruneConfig
-from ppgraph.errors import HistoryError
+from ppgraph.errors import HistoryError, UnsupportedModelError
 from ppgraph.methods import OBSERVATIONS
 from ppgraph.passes.base import Site
+from ppgraph.sharding import Share
 
 # Histories grow by whole steps of positions, so that batches a little longer than the last don't copy it each time.
 GROWTH = 128
@@ -33,7 +36,8 @@ class History:
     """What was observed of every channel, for each position: {site name: [positions, C]}, fp32.
 
     That is the tensor that scores read (the mean square, unless the config observes something else); `memory` gives
-    all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them. `seen`
+    all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them; where
+    tensor parallelism spreads a model over ranks, those of all ranks together, while C are this rank's channels. `seen`
     [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with the
     longest batch so far, not with the model's context.
     """
@@ -41,6 +45,7 @@ class History:
     def __init__(self, config: PruneConfig) -> None:
         self._config = config
         self._widths: dict[str, int] = {}
+        self._shares: dict[str, Share] = {}
         observation = OBSERVATIONS[config.observed]
         self._tensors, self._moment_names = observation.tensors, observation.moments
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
@@ -93,12 +98,17 @@ class History:
     def __len__(self) -> int:
         return len(self._values)
 
-    def declare(self, sites: list[Site], device: torch.device) -> None:
+    def declare(self, sites: list[Site], device: torch.device, shares: Mapping[str, Share] | None = None) -> None:
         """Make room for these sites; sites already known must have the same width.
+
+        Of sites in `shares` this rank holds only a part of the channels.
 
         Raises:
             HistoryError: a site has another width than the history holds.
+            UnsupportedModelError: a moment is to be held of channels that lie on several ranks.
         """
+        self._shares |= {site.name: shares[site.name] for site in sites if shares and site.name in shares}
+        self._refuse_spread_moments()
         for site in sites:
             known = self._widths.setdefault(site.name, site.width)
             if known != site.width:
@@ -117,11 +127,26 @@ class History:
         if self._seen.device != device:
             self._seen = self._seen.to(device)
 
+    def _refuse_spread_moments(self) -> None:
+        if self._shares and self._moment_names:
+            raise UnsupportedModelError(
+                f"observed={self._config.observed!r} holds what pairs of channels have in common, but the channels of "
+                f"{next(iter(self._shares))} lie on several ranks; observe without moments, or use one device"
+            )
+
+    def kept_here(self) -> dict[str, int] | None:
+        """The units of each site that this rank keeps by the allocation; None before one is made."""
+        if self.allocation is None:
+            return None
+        portions = {name: share.portion for name, share in self._shares.items()}
+        return {name: portions[name](units) if name in portions else units for name, units in self.allocation.items()}
+
     def reserve(self, positions: int) -> None:
         """Make sure that positions below `positions` exist; new ones hold 0."""
-        if positions <= self.positions:
-            return
-        grown = -(-positions // GROWTH) * GROWTH
+        if positions > self.positions:
+            self._grow(-(-positions // GROWTH) * GROWTH)
+
+    def _grow(self, grown: int) -> None:
         for tensors in self._values.values():
             for name, value in tensors.items():
                 tensors[name] = self._grown(value, grown)
@@ -140,39 +165,103 @@ class History:
             }
         self._seen = self._zeros_like_seen(0)
 
+    def average(self, group: ProcessGroup | None = None) -> None:
+        """Let data-parallel replicas learn from each other: afterwards each holds the mean of what all have observed.
+
+        At each position replicas weigh in by the samples that their calibration saw there; where none saw any, those
+        that hold something weigh alike. `seen` becomes its mean too, so that calibration may go on after it, and a
+        second call changes nothing. Communicates: every rank of the group calls it.
+
+        Args:
+            group: The replicas; all ranks when None. Under tensor parallelism those that hold the same channels.
+
+        Raises:
+            HistoryError: on every rank, where the histories are of different models, configs, channels or allocations.
+        """
+        positions = max(self._alike(group))
+        self._grow(max(positions, self.positions))
+        ranks = torch.distributed.get_world_size(group)
+        sums = functools.partial(_sum_over, group)
+        calibrated = sums(self._seen) > 0
+        for tensors in self._values.values():
+            for value in tensors.values():
+                weight = torch.where(calibrated, self._seen, (value != 0).any(dim=1).float()).unsqueeze(1)
+                value.copy_(sums(weight * value) / sums(weight).clamp(min=1))
+        for moments in self._moments.values():
+            for moment in moments.values():
+                moment.copy_(sums(moment) / ranks)
+        self._seen.copy_(sums(self._seen) / ranks)
+
+    def _alike(self, group: ProcessGroup | None) -> list[int]:
+        """The positions that each rank of a group holds, once they are seen to hold the same of the same model."""
+        first_channels = {name: int(share.channels[0]) for name, share in self._shares.items()}
+        own = {
+            "sites": (self._widths, first_channels),
+            "tensors": (self._tensors, self._moment_names),
+            "allocation": self.allocation,
+        }
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, (own, self.positions), group=group)
+        for rank, (other, _) in enumerate(found):
+            for what in own:
+                if found[0][0][what] != other[what]:
+                    raise HistoryError(
+                        f"expected histories of replicas, but ranks 0 and {rank} of the group differ in their {what}: "
+                        f"{found[0][0][what]} and {other[what]}; average over a group of ranks that hold the same part "
+                        "of the same model, transformed with the same config"
+                    )
+        return [positions for _, positions in found]
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `ppgraph.json` and the statistics (safetensors) into `folder`.
 
         The JSON names the safetensors file and is replaced last, in one step: an interrupted save leaves the old
         history whole.
 
+        Where tensor parallelism spreads a model over ranks, every rank calls this: the channels of all are gathered,
+        and the first rank writes one history, which loads under any number of ranks.
+
         Raises:
             HistoryError: the folder cannot be made or written to.
         """
+        tensors = {key: self._whole(site, self._values[site][tensor]) for key, site, tensor in self._keys()}
+        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
+        write = functools.partial(self._write, folder, {**tensors, "seen": self._seen})
+        share = next(iter(self._shares.values()), None)
+        if share is None:
+            write()
+        else:
+            share.on_first_rank(write)
+
+    def _whole(self, site: str, value: torch.Tensor) -> torch.Tensor:
+        return self._shares[site].whole(value) if site in self._shares else value.contiguous()
+
+    def _totals(self) -> dict[str, int]:
+        """The channels of each site on all ranks together."""
+        shares = self._shares
+        return {name: shares[name].total if name in shares else width for name, width in self._widths.items()}
+
+    def _write(self, folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
         try:
-            self._save(Path(folder))
+            self._save(Path(folder), tensors)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise HistoryError(
                 f"cannot save the history to {folder} ({reason}); choose a folder that can be written"
             ) from error
 
-    def _save(self, target: Path) -> None:
+    def _save(self, target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
         os.close(handle)
-        tensors = {
-            key: self._values[site][tensor].contiguous() for key, site, tensor in _keys(self._widths, self._tensors)
-        }
-        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
         try:
-            save_file({**tensors, "seen": self._seen}, data)
+            save_file(dict(tensors), data)
             index = {
                 "format": FORMAT,
                 "data": Path(data).name,
                 "sha256": _digest(Path(data)),
                 "config": self._config.to_dict(),
-                "sites": dict(self._widths),
+                "sites": self._totals(),
                 "tensors": list(self._tensors),
                 "moments": list(self._moment_names),
                 "allocation": self.allocation,
@@ -189,6 +278,8 @@ class History:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Take over a saved history; nothing changes when it does not fit.
 
+        It may have been saved under another number of ranks: each takes the channels that it holds.
+
         Raises:
             HistoryError: files are missing or damaged, or hold other sites or widths (another model, or a config that
                 prunes other blocks or layers).
@@ -199,13 +290,20 @@ class History:
         values = _read_tensors(source / index["data"], index)
         device = self._seen.device
         self._seen = values["seen"].to(device)
-        self._widths = dict(index["sites"])
+        widths = {site: len(share.channels) for site, share in self._shares.items()}
+        self._widths = {**index["sites"], **widths}
         self._values = {site: {} for site in self._widths}
-        for key, site, tensor in _keys(self._widths, self._tensors):
-            self._values[site][tensor] = values[key].to(device)
+        for key, site, tensor in self._keys():
+            self._values[site][tensor] = self._part(site, values[key].to(device))
         for site in self._widths:
             self._moments[site] = {name: values[f"{site}:{name}"].to(device) for name in self._moment_names}
         self.allocation = index["allocation"]
+
+    def _part(self, site: str, value: torch.Tensor) -> torch.Tensor:
+        return self._shares[site].part(value) if site in self._shares else value
+
+    def _keys(self) -> Iterator[tuple[str, str, str]]:
+        return _keys(self._widths, self._tensors)
 
     def _require_same_sites(self, index: Mapping[str, Any]) -> None:
         if (*index["tensors"], *index["moments"]) != (*self._tensors, *self._moment_names):
@@ -215,8 +313,9 @@ class History:
                 "load it into a model that observes the same"
             )
         saved = index["sites"]
-        for name in sorted(set(saved) | set(self._widths)):
-            mine, other = self._widths.get(name), saved.get(name)
+        held = self._totals()
+        for name in sorted(set(saved) | set(held)):
+            mine, other = held.get(name), saved.get(name)
             if mine != other and self._widths:
                 raise HistoryError(
                     f"the saved history belongs to another model or config: {name} has {other or 'no'} channels there "
@@ -236,6 +335,12 @@ class History:
             grown = value.new_zeros((positions, *value.shape[1:]))
             grown[: len(value)] = value
             return grown
+
+
+def _sum_over(group: ProcessGroup | None, value: torch.Tensor) -> torch.Tensor:
+    total = value.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _digest(path: Path) -> str:

@@ -29,6 +29,7 @@ from ppgraph.passes import Site
 from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
 from ppgraph.selections import jaccard
 from ppgraph.sensitivity import expected_losses
+from ppgraph.sharding import local_value, require_known_sharding
 from ppgraph.state import History
 
 if TYPE_CHECKING:
@@ -83,8 +84,13 @@ class Pruning:
         return list(self.runtime.graphs)
 
     def selection(self) -> dict[str, torch.Tensor]:
-        """{site name: kept channels of the exit linear's input} of the last batch, ascending int64."""
-        return dict(self.runtime.selection.channels) if self.runtime.selection else {}
+        """{site name: kept channels of the exit linear's input} of the last batch, ascending int64.
+
+        Where tensor parallelism spreads a model over ranks, each tells its own of them, numbered as in the whole model.
+        """
+        shares = self.runtime.shares
+        chosen = self.runtime.selection.channels if self.runtime.selection else {}
+        return {name: shares[name].channels[kept] if name in shares else kept for name, kept in chosen.items()}
 
     def report(self, full_batch: Mapping[str, Any] | None = None) -> Report:
         """Sites, widths, FLOPs, graphs, memory and how selections behave; `str()` gives a table, `plot()` a figure.
@@ -140,7 +146,7 @@ class Pruning:
             return expected_losses(self._model, self._dense_forward(), orders, samples, progress=progress)
 
         with self.runtime.lock:
-            self.runtime.allocate(self.sites, self._model.get_parameter, losses)
+            self.runtime.allocate(self.sites, lambda name: local_value(self._model.get_parameter(name)), losses)
 
     def _follow_allocation(self) -> None:
         """Drop graphs and sites of other widths than calibration has decided by now; calibration's own are dense."""
@@ -460,12 +466,14 @@ def require_causal_lm(model: object) -> None:
             f"accelerate has spread this model over {', '.join(places)}, and moves it with hooks that a captured graph "
             "does not have; expected one device: load it with device_map={'': device}"
         )
+    require_known_sharding(model)
     for name, parameter in model.named_parameters():
-        if _torch.is_wrapped(parameter) or parameter.dtype == torch.uint8:
-            kind = f"{type(parameter).__name__} {parameter.dtype} {list(parameter.shape)}"
+        weight = local_value(parameter)
+        if _torch.is_wrapped(weight) or weight.dtype == torch.uint8:
+            kind = f"{type(weight).__name__} {weight.dtype} {list(weight.shape)}"
             raise UnsupportedModelError(
-                f"{name} is no plain weight but a {kind}, as quantisation or tensor parallelism leaves it, of which "
-                "rows and columns can't be selected; load the model without, or dequantise it (model.dequantize())"
+                f"{name} is no plain weight but a {kind}, as quantisation leaves it, of which rows and columns "
+                "can't be selected; load the model without, or dequantise it (model.dequantize())"
             )
 
 

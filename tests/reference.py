@@ -540,6 +540,7 @@ class Reference:
         statistics: str = "fused",
         score: str = "ppsp",
         flap: bool = False,
+        ranks: int = 1,
     ) -> None:
         if statistics not in ("fused", "probe", "history") or score not in SCORES:
             raise ValueError(f"unknown statistics {statistics!r} or score {score!r}")
@@ -550,6 +551,7 @@ class Reference:
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
+        self.ranks = ranks  # of tensor parallelism: each chooses among its own part of a block's units
         self.flap = flap  # the method as a whole: variance, global threshold, compensation
         self.fluctuation: dict[str, Fluctuation] = {}
         self.allocated: dict[str, int] = {}
@@ -568,13 +570,22 @@ class Reference:
     def kept_units(self, block: Block) -> int:
         if block.layer < self.skip_layers or block.kind not in self.pruned_kinds:
             return block.units
-        kept = self.allocated.get(block.site, block.units - int(self.ratio * block.units))
+        own = block.units // self.ranks
+        kept = own - int(self.ratio * own)
+        if block.site in self.allocated:
+            kept = math.ceil(Fraction(self.allocated[block.site], self.ranks))
         if block.kind == "mlp":
-            kept = min(math.ceil(Fraction(kept, self.width_multiple)) * self.width_multiple, block.units)
-        return kept
+            kept = min(math.ceil(Fraction(kept, self.width_multiple)) * self.width_multiple, own)
+        return kept * self.ranks
 
     def is_pruned(self, block: Block) -> bool:
         return self.kept_units(block) < block.units
+
+    def chosen(self, block: Block, scores: Tensor) -> Tensor:
+        """The units with the highest scores, of each rank's part as many."""
+        own, kept = block.units // self.ranks, self.kept_units(block) // self.ranks
+        parts = [top(scores[start : start + own], kept) + start for start in range(0, block.units, own)]
+        return torch.cat(parts)
 
     def may_prune(self, block: Block) -> bool:
         return block.layer >= self.skip_layers and block.kind in self.pruned_kinds
@@ -689,7 +700,7 @@ class Reference:
             units = torch.arange(block.units)
             if pruned:
                 f = self.fused_statistic(block, residual, x, positional, real)
-                units = top(self.score(f, block.exit_weight(), block.unit_size), self.kept_units(block))
+                units = self.chosen(block, self.score(f, block.exit_weight(), block.unit_size))
                 selection[block.site] = block.channels(units)
             y = self.full_exit_input(block, x, positional, real, units)
             if pruned and self.statistics == "fused":

@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
-from torch.utils.flop_counter import sdpa_flop
+from torch.utils.flop_counter import sdpa_flop_count
 
 __all__ = [
     "ATTENTION_FLOPS_ON_CPU",
@@ -71,7 +71,11 @@ __all__ = [
 ]
 
 # What FlopCounterMode lacks (torch 2.13): it has formulas for attention on GPUs, and counts nothing for that on CPUs.
-ATTENTION_FLOPS_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+ATTENTION_FLOPS_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
 
 
 def placeholder_values(module: GraphModule) -> list[Any]:

@@ -418,3 +418,9 @@ def test_attention_flops_on_cpu() -> None:
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         assert counter.get_total_flops() == expected, "torch counts it now: drop the formula"
+
+
+def test_trace_below_autograd() -> None:
+    traced = _torch.trace_below_autograd(lambda x: x.relu() + 1, [torch.ones(2)])
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.aten.relu.default, torch.ops.aten.add.Tensor]

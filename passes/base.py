@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -389,6 +389,18 @@ class Builder:
     def ascending(self, index: Node) -> Node:
         """A vector's elements in ascending order."""
         return self(operator.getitem, self(torch.ops.aten.sort.default, index), 0)  # type: ignore[no-any-return]
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes and all that they are made of."""
+    found: set[Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 def target_name(node: Node) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from ppgraph._torch import expression, unset_fake_temporarily
-from ppgraph.passes.base import Builder, Program, Refusal, Site, StateInput, same_size, shape_of
+from ppgraph.passes.base import Builder, Program, Refusal, Site, StateInput, ancestors, same_size, shape_of
 from ppgraph.passes.operators import (
     Axis,
     argument,
@@ -332,18 +332,6 @@ def _constant_value(node: Node) -> torch.Tensor:
     return value
 
 
-def operands_of(node: Node) -> set[Node]:
-    """All that a node is made of."""
-    found: set[Node] = set()
-    left = [node]
-    while left:
-        for operand in left.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
-                left.append(operand)
-    return found
-
-
 class _SmallSizes:
     """Small numbers that stand for symbolic sizes, another prime for each symbol."""
 
@@ -368,7 +356,8 @@ class Narrower:
         self.program, self.site, self.plan, self.build = program, site, plan, build
         self.units, self.channels = units, channels
         self.narrowed: dict[Node, Node] = {}
-        self.entries: dict[Node, tuple[Node, Node]] = {}
+        # Each product that stands for an entry linear, with that and the indices of the outputs that it has.
+        self.products: list[tuple[Node, Node, Node]] = []
         # What an earlier block's narrowing has put in the place of a node that this plan may name.
         self.moved: dict[Node, Node] = program.shared.setdefault("moved", {})
 
@@ -471,7 +460,7 @@ class Narrower:
         narrowed = [(view, layout, self._rows(layout)) for view, layout in entry.narrowed.items()]
         whole = [(view, layout, self._whole_rows(layout)) for view, layout in entry.whole.items()]
         # A probe may read keys of the whole batch, from a cache's slots: they must be there before anything is chosen.
-        read_first = not operands_of(self.units).isdisjoint(entry.whole) if whole else False
+        read_first = bool(whole) and not ancestors([self.units]).isdisjoint(entry.whole)
         for pieces in (narrowed, whole) if read_first else (narrowed + whole,):
             self._pieces(linear, entry, pieces)
 
@@ -479,7 +468,7 @@ class Narrower:
         """Put views of one product in the place of those of the fused projection."""
         rows = pieces[0][2] if len(pieces) == 1 else self.build(aten.cat.default, [piece[2] for piece in pieces])
         output = self._linear_on(linear, rows)
-        self.entries[linear] = (output, rows)
+        self.products.append((output, linear, rows))
         start = 0
         for view, layout, _ in pieces:
             units = self.site.kept_units if view in entry.narrowed else 1

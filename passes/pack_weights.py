@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ppgraph.passes.base import Packing, PassResult, Program, StateInput, shape_of
+from ppgraph.passes.base import Packing, PassResult, Program, StateInput, ancestors, shape_of
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ def _is_pure(node: Node) -> bool:
 def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, list[Node]]:
     graph = Graph()
     copies: dict[Node, Node] = {}
-    needed = _all_operands(packed)
+    needed = ancestors(packed)
     inputs = [node for node in program.placeholders() if node in needed]
     for node in program.graph.nodes:
         if node in needed:
@@ -85,14 +85,3 @@ def _placeholders_first(graph: Graph) -> None:
     first = next(iter(graph.nodes))
     for node in reversed([node for node in graph.nodes if node.op == "placeholder" and node is not first]):
         first.append(node)
-
-
-def _all_operands(nodes: list[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in seen:
-            seen.add(node)
-            queue += node.all_input_nodes
-    return seen

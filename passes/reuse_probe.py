@@ -76,9 +76,10 @@ def _reuse_at_exit(program: Program, rows: OtherRows, site: Site, probe: Probe) 
 
 def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Probe, outcome: PassResult) -> None:
     """The linears by rows, each on its own: the narrowed ones, and those that stay whole."""
-    entries = program.shared["entries", site.name]
-    whole = {linear: (linear, None) for linear in reversed(probe.linears) if linear not in entries}
-    for linear, (product, channels) in (entries | whole).items():
+    narrowed = program.shared["products", site.name]
+    replaced = {linear for _, linear, _ in narrowed}
+    whole = [(linear, linear, None) for linear in reversed(probe.linears) if linear not in replaced]
+    for product, linear, channels in [*narrowed, *whole]:
         if linear not in probe.linears or not product.users:
             continue
         try:
@@ -105,14 +106,13 @@ class RowOrder:
     """The batch's rows, those that were not probed first.
 
     `others` [B·S - B'·S']: which rows those are, ascending; None where all rows are probed. `slots` [B·S]: where each
-    row lies. `samples`, `tokens`: the batch's sizes B and S; `other_count`: how many rows were not probed.
+    row lies. `samples`, `tokens`: the batch's sizes B and S.
     """
 
     others: Node | None
     slots: Node
     samples: Any
     tokens: Any
-    other_count: Any
 
 
 def row_order(program: Program, build: Builder, stream: Node, sampling: Sampling) -> RowOrder:
@@ -135,14 +135,15 @@ def _row_order(program: Program, build: Builder, stream: Node, sampling: Samplin
     probed = build(aten.index_fill.int_Scalar, none, 0, sampling.rows, 1)
     before = build(aten.sub.Tensor, build(aten.cumsum.default, build(aten.rsub.Scalar, probed, 1), 0), 1)
     last = build.add(build(aten.arange.default, probed_count, device=device), other_count)
-    slots = build(aten.index_copy.default, build(aten.clamp.default, before, 0), 0, sampling.rows, last)
+    slots = build(aten.index_copy.default, before, 0, sampling.rows, last)
     others = None
-    config = program.config
-    if (config.probe_batch < 1 or config.probe_tokens < 1) and not (isinstance(other_count, int) and other_count == 0):
+    # A symbolic count is one that only running tells; two shares of 1 tell it ahead.
+    all_probed = program.config.probe_batch == program.config.probe_tokens == 1 or other_count == 0
+    if not all_probed:
         inverse = build(aten.index_copy.default, none, 0, slots, every)
         pieces = build(aten.split_with_sizes.default, inverse, [other_count, probed_count])
         others = build(operator.getitem, pieces, 0)
-    return RowOrder(others, slots, samples, tokens, other_count)
+    return RowOrder(others, slots, samples, tokens)
 
 
 class OtherRows:

@@ -17,8 +17,8 @@ class SelectWeights:
     """Rebuilds each pruned block on its kept units and puts it in the place of the dense one.
 
     Leaves in `program.shared`, for each site, `("narrowed", name)`: the exit linear's input [..., C'], None when
-    nothing is kept, `("exit", name)`: the exit linear on it, and `("entries", name)`: for each entry linear the
-    narrowed one and the indices [C'] of the outputs that it keeps.
+    nothing is kept, `("exit", name)`: the exit linear on it, and `("products", name)`: the products that stand for
+    entry linears, each with that linear and the indices of the outputs that it has.
     """
 
     name = "select_weights"
@@ -36,7 +36,7 @@ class SelectWeights:
                 narrower = Narrower(program, site, block.narrowing, build, units, channels)
                 narrowed = narrower.input_of_exit(block.exit_input)
                 replacement = narrower.exit(block.exit_linear, block.exit_input, narrowed)
-                program.shared["entries", site.name] = narrower.entries
+                program.shared["products", site.name] = narrower.products
             else:
                 replacement = _bias_alone(build, block)
             program.shared["narrowed", site.name] = narrowed

@@ -231,7 +231,7 @@ class Runtime:
         ratio = layer_ratio(self.config, len({site.layer for site in sites}))
         candidates = [self._candidate(site, parameter(site.exit[0])) for site in sites if site.candidate]
         if allocation.by_loss:
-            self._require_whole(sites)
+            self._refuse_spread_gradients()
             found = losses(candidates)
             candidates = [replace(candidate, losses=found[candidate.site.name]) for candidate in candidates]
         self.history.allocation = dict(allocation.allocate(candidates, ratio))
@@ -248,12 +248,12 @@ class Runtime:
         step = self.config.width_multiple if site.kind == "mlp" else 1
         return Candidate(site, scores, memory, step)
 
-    def _require_whole(self, sites: Sequence[Site]) -> None:
+    def _refuse_spread_gradients(self) -> None:
         if self.shares:
             raise UnsupportedModelError(
                 f"allocation={self.config.allocation!r} needs gradients of the loss, which ppgraph does not take "
-                f"through channels on several ranks, as those of {sites[0].name} are; calibrate on one device and load "
-                "that history here, or use allocation='global'"
+                f"through channels on several ranks, as those of {next(iter(self.shares))} are; calibrate on one "
+                "device and load that history here, or use allocation='global'"
             )
 
     def order_of(self, candidate: Candidate) -> torch.Tensor:

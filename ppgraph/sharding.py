@@ -9,6 +9,7 @@ collectives between them. Nothing here adds a collective to a graph.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,14 +195,10 @@ def _replace(module: GraphModule, island: Sequence[Node]) -> None:
     call.meta = {key: value for key, value in last.meta.items() if key != "example_value"}
     for place, node in enumerate(results):
         with module.graph.inserting_after(call):
-            picked = module.graph.call_function(_pick, (call, place))
+            picked = module.graph.call_function(operator.getitem, (call, place))
         node.replace_all_uses_with(picked)
     for node in reversed(island):
         module.graph.erase_node(node)
-
-
-def _pick(results: Sequence[Any], place: int) -> Any:
-    return results[place]
 
 
 def _on_shares(module: GraphModule, island: Sequence[Node], operands: list[Node], results: list[Node]) -> GraphModule:

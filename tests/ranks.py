@@ -1,4 +1,4 @@
-"""What each rank of `tests/test_distributed.py` runs: `torchrun tests/ranks.py FOLDER CHECK [ARGUMENT...]`, and so on.
+"""What each rank of `tests/test_distributed.py` runs: `torchrun -m tests.ranks FOLDER CHECK[:ARGUMENT...]...`.
 
 Checks are the functions of `CHECKS`; one that fails ends the job, after one that doesn't FOLDER holds a file that says
 so. The test has saved models there.

@@ -17,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     StaticCache,
 )
 
@@ -48,6 +50,8 @@ def built(family: str) -> nn.Module:
     torch.manual_seed(0)
     if family == "mistral":
         return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)).eval()
+    if family == "fused":
+        return Phi3ForCausalLM(Phi3Config(**SIZES)).eval()
     types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
     if family == "gemma2":
         return Gemma2ForCausalLM(Gemma2Config(**SIZES, **types)).eval()
@@ -102,6 +106,7 @@ CONVERSATIONS = [
     ("mha", "static", "sdpa"),
     ("gqa", "dynamic", "eager"),
     ("gqa", "static", "sdpa"),
+    ("fused", "static", "sdpa"),  # one projection gives queries, and keys that the probe reads before it chooses those
     ("mistral", "static", "eager"),
     ("gemma2", "dynamic", "eager"),
     ("gemma3", "static", "sdpa"),

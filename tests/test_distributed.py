@@ -39,7 +39,6 @@ def run(folder: Path, ranks: int, *checks: str) -> str:
     return done.stderr if done.returncode else ""
 
 
-@pytest.mark.thorough
 def test_two_ranks_do_as_one_device_and_the_job_ends_when_one_of_them_dies(tmp_path: Path) -> None:
     checks = ("histories", "averages", "as_the_reference:llama")
     error = run(tmp_path, 2, *checks, "dies")

@@ -52,8 +52,9 @@ def test_each_graph_has_a_folder_with_one_file_a_stage_that_changed_it(dumped: P
         "02_insert_probe.py",
         "03_insert_score.py",
         "04_select_weights.py",
-        "06_update_history.py",
-        "07_attach_results.py",
+        "05_reuse_probe.py",
+        "07_update_history.py",
+        "08_attach_results.py",
     ]
     assert sorted(path.name for path in (dumped / "01-calibrate").glob("*.py"))[1] == "02_observe_channels.py"
     overview = (dumped / "index.html").read_text()
@@ -112,10 +113,10 @@ def test_page_data_tells_the_history_of_every_node(dumped: Path) -> None:
         assert set(stage["order"]) == alive
     assert not any("= None" in code or "inserted by" in code for node in nodes for _, code in node["code"])
     gone = [node for node in nodes if node["died"] is not None and node["author"] is None]
-    assert {stages[node["died"]]["name"] for node in gone} == {"select_weights", "attach_results"}
+    assert {stages[node["died"]]["name"] for node in gone} == {"select_weights", "reuse_probe", "attach_results"}
     assert {node["layer"] for node in nodes} == {None, 0, 1}
     by_author = {stages[node["author"]]["name"] for node in nodes if node["author"] is not None}
-    assert by_author == {"insert_probe", "insert_score", "select_weights", "update_history"}
+    assert by_author == {"insert_probe", "insert_score", "select_weights", "reuse_probe", "update_history"}
 
 
 def test_refusals_reach_the_page_with_their_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,13 @@ class Mlp(nn.Module):
         return self.down(F.relu(self.up(x)))
 
 
+class Flattened(Mlp):
+    """An MLP on [samples times tokens, hidden], as some families run theirs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
 class Attention(nn.Module):
     """Causal attention, 4 query heads of size 2; `kv_heads` key and value heads."""
 

@@ -11,7 +11,7 @@ from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights
-from tests.passes.graphs import SITE, Attention, Captured, Mlp, Residual, captured, hidden, targets
+from tests.passes.graphs import SITE, Attention, Captured, Flattened, Mlp, Residual, captured, hidden, targets
 
 
 def narrowed(block: nn.Module) -> Captured:
@@ -83,13 +83,6 @@ def test_a_fused_projection_loses_the_rows_of_both_halves() -> None:
     state = [torch.tensor(kept) if item.role == "units" else item.constant for item in graph.program.state_inputs]
     assert rows.numel() == 12
     torch.testing.assert_close(graph.output(x, state=state), expected)
-
-
-class Flattened(Mlp):
-    """An MLP on [samples times tokens, hidden], as some families run theirs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 def test_flattened_tokens() -> None:

@@ -10,7 +10,19 @@ from torch.nn import functional as F
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.insert_probe import InsertProbe
 from ppgraph.passes.token_axes import ProbePlan
-from tests.passes.graphs import HIDDEN, SITE, SMALL, Attention, Captured, Expose, Mlp, Residual, captured, hidden
+from tests.passes.graphs import (
+    HIDDEN,
+    SITE,
+    SMALL,
+    Attention,
+    Captured,
+    Expose,
+    Flattened,
+    Mlp,
+    Residual,
+    captured,
+    hidden,
+)
 
 HALF = SMALL.replace(probe_batch=0.5, probe_tokens=0.5)
 
@@ -70,13 +82,6 @@ def require_right(graph: Captured, block: nn.Module) -> None:
     found = graph.results(x)
     assert found["y"].shape[:2] == (2, 3)
     assert bool(torch.isfinite(found["y"]).all())
-
-
-class Flattened(Mlp):
-    """Tokens of all samples in one dimension."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.reshape(-1, HIDDEN)).view(x.shape)
 
 
 def test_flattened_tokens_are_gathered_as_rows_or_before() -> None:

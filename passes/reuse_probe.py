@@ -93,12 +93,15 @@ def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Prob
 
 
 def erase_unused(program: Program, node: Node) -> None:
-    """Erase a call that nothing uses any more, and what only it used."""
-    if node.op == "call_function" and not node.users:
-        operands = node.all_input_nodes
+    """Erase a call that nothing uses any more, and what only it used; what writes somewhere stays."""
+    left, erased = [node], set()
+    while left:
+        node = left.pop()
+        if node in erased or node.users or node.op != "call_function" or node.is_impure():
+            continue
+        left += node.all_input_nodes
         program.graph.erase_node(node)
-        for operand in operands:
-            erase_unused(program, operand)
+        erased.add(node)
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class OtherRows:
             Refusal: something that it is made of doesn't act on each row alone.
         """
         self.walked = set()
+        self._walk(node)
         return None if self.order.others is None else self._emit(node)
 
     def require_no_other_users(self, end: Node) -> None:
@@ -204,9 +208,52 @@ class OtherRows:
             return 1
         raise Refusal(node, f"{list(shape)} doesn't begin with samples and tokens")
 
+    def _walk(self, node: Node) -> None:
+        """Check all that a node is made of, back to what is gathered."""
+        if node in self.walked:
+            return
+        if not self._is_after_product(node):
+            self._leading(node)
+            return
+        self.walked.add(node)
+        for operand in self._operands(node):
+            self._walk(operand)
+
+    def _operands(self, node: Node) -> list[Node]:
+        """What a node reads row by row.
+
+        Raises:
+            Refusal: it doesn't act on each row alone.
+        """
+        leading = self._leading(node)
+        if is_linear(node):
+            return [linear_activations(node)]
+        source = node.all_input_nodes[0]
+        if is_reshape(node):
+            before, after = shape_of(source)[self._leading(source) :], shape_of(node)[leading:]
+            if len(before) == len(after) and all(map(same_size, before, after)):
+                return [source]
+            raise Refusal(node, f"it changes channels {list(before)} to {list(after)}")
+        if is_slice(node, len(shape_of(node)) - 1):
+            return [source]
+        if is_pointwise(node):
+            return [operand for operand in node.all_input_nodes if self._has_rows(node, operand)]
+        raise Refusal(node, "it doesn't act on each row alone")
+
+    def _has_rows(self, node: Node, operand: Node) -> bool:
+        """Whether an operand of a pointwise `node` has its rows, or is the same for all of them.
+
+        Raises:
+            Refusal: it broadcasts over samples or tokens alone.
+        """
+        missing = len(shape_of(node)) - len(shape_of(operand))
+        if 0 < missing < self._leading(node):
+            raise Refusal(operand, f"{list(shape_of(operand))} broadcasts over a part of {list(shape_of(node))}")
+        return missing == 0
+
     def _emit(self, node: Node) -> Node:
         if node not in self.emitted:
-            self.emitted[node] = self._again(node) if self._is_after_product(node) else self._gathered(node)
+            self.emitted[node] = self._again(node) if node in self.walked else self._gathered(node)
         return self.emitted[node]
 
     def _gathered(self, node: Node) -> Node:
@@ -216,37 +263,12 @@ class OtherRows:
         return self.build.select(flat, 0, self.order.others)
 
     def _again(self, node: Node) -> Node:
-        self.walked.add(node)
-        leading = self._leading(node)
-        if is_linear(node):
-            activations = linear_activations(node)
-            rows = self._emit(activations)
-            return self.build.copy(node, lambda used: rows if used is activations else used)
-        if is_reshape(node):
-            return self._reshaped(node, leading)
+        rows = {operand: self._emit(operand) for operand in self._operands(node)}
+        if is_reshape(node):  # the same rows, flattened already
+            return rows[node.all_input_nodes[0]]
         if is_slice(node, len(shape_of(node)) - 1):
-            source = node.all_input_nodes[0]
-            return self.build(aten.slice.Tensor, self._emit(source), -1, *node.args[2:])  # type: ignore[no-any-return]
-        if is_pointwise(node):
-            return self.build.copy(node, lambda used: self._operand(node, used))
-        raise Refusal(node, "it doesn't act on each row alone")
-
-    def _reshaped(self, node: Node, leading: int) -> Node:
-        """A view that flattens samples and tokens, or takes them apart: the same rows."""
-        source = node.all_input_nodes[0]
-        before, after = shape_of(source)[self._leading(source) :], shape_of(node)[leading:]
-        if len(before) != len(after) or not all(map(same_size, before, after)):
-            raise Refusal(node, f"it changes channels {list(before)} to {list(after)}")
-        return self._emit(source)
-
-    def _operand(self, node: Node, operand: Node) -> Node:
-        """An operand by rows, or as it is where it broadcasts over rows."""
-        missing = len(shape_of(node)) - len(shape_of(operand))
-        if missing >= self._leading(node):
-            return operand
-        if missing:
-            raise Refusal(operand, f"{list(shape_of(operand))} broadcasts over a part of {list(shape_of(node))}")
-        return self._emit(operand)
+            return self.build(aten.slice.Tensor, rows[node.all_input_nodes[0]], -1, *node.args[2:])  # type: ignore[no-any-return]
+        return self.build.copy(node, lambda used: rows.get(used, used))
 
     def _is_after_product(self, node: Node) -> bool:
         """Whether a matrix product lies between the residual stream and this node, or is it."""

@@ -410,7 +410,10 @@ def dynamo_settings() -> Iterator[None]:
     """Dynamo as ppgraph captures with it.
 
     Floats of the config are constants (as symbols they compile twice). Sizes that happen to be equal, such as samples
-    and tokens of a square batch, have a symbol each: with duck shapes one would stand for both.
+    and tokens of a square batch, have a symbol each: with duck shapes one would stand for both. Each kind of call (with
+    a mask or without, of one sample, into which cache) has a graph, of which `recompile_limit` would allow 8.
     """
-    with torch._dynamo.config.patch(specialize_float=True), _symbolic_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    config = torch._dynamo.config
+    limit = config.accumulated_recompile_limit
+    with config.patch(specialize_float=True, recompile_limit=limit), _symbolic_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield

@@ -135,6 +135,12 @@ def test_a_conversation_equals_the_dense_model_masked_call_by_call(family: str, 
     assert {site.status for site in pruned.ppgraph.sites} == {"pruned"}
 
 
+def test_a_probe_of_everything_stands_for_products_alone_and_not_for_attention() -> None:
+    """Its attention reads a sliding cache's slots, full inference the whole prompt, which is longer."""
+    dense = built("gemma3")
+    require_conversation(dense, ppgraph.transform(dense, **OPTIONS, method="full-batch"), "static", 3, padded=True)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_prefill_chooses_the_same_from_any_cache_as_without_one(kind: str) -> None:
     dense, inputs = model(2), prompts(4, 11, padded=True)

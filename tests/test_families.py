@@ -404,7 +404,8 @@ def check_fused_products(rewritten: GraphModule) -> None:
     widths = [
         node.meta["val"].shape[-1]
         for node in rewritten.graph.nodes
-        if node.target is torch.ops.aten.addmm.default and node.meta.get("ppgraph_pass") == "select_weights"
+        if node.target is torch.ops.aten.addmm.default
+        and node.meta.get("ppgraph_pass") in ("select_weights", "reuse_probe")
     ]
     # Queries of 4 of 6 heads with whole keys and values (2 heads each); gate and up of 48 channels; the first exit.
     assert sorted(widths) == sorted(3 * [4 * 8 + 2 * 2 * 8, 2 * 48, 48])

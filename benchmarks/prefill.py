@@ -7,8 +7,9 @@ as a prefill of `generate` does:
 - static: a model whose layers have the kept widths from the start; no probe, no selection: the limit;
 - ppgraph: the dense model, transformed; each batch is probed and selects its own heads and channels.
 
-The history is left empty, which costs the same as a full one. FLOPs are counted by torch on the eager models,
-attention in full (causal or not), so that what the table says of them does not rest on ppgraph's own report.
+The history is left empty, which costs the same as a full one. FLOPs, attention in full (causal or not), are those of
+the model's report, and torch's own count for static. "floor ms" is the roofline: no less than the FLOPs take, or the
+weights' bytes, at rates measured in the same run with one product and one gather.
 
     python benchmarks/prefill.py --dtype float32 --ratio 0.2 --json benchmarks/results/prefill.json
 """
@@ -16,17 +17,16 @@ attention in full (causal or not), so that what the table says of them does not 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
 from variants import DTYPES, add_arguments, dense_model, prefill_call, prune_config, results, static_model
 
 import ppgraph
-from ppgraph.inspect.timing import compile_and_time, header, machine, timing_table, write_json
+from ppgraph.inspect.rates import Rates
+from ppgraph.inspect.timing import Cost, compile_and_time, costs_of, header, machine, timing_table, write_json
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,61 +46,37 @@ def main(arguments: list[str]) -> None:
     print(header(described, args.device, DTYPES[args.dtype]))
 
     config = prune_config(args)
-    flops = count_flops(args, config)
-    calls = compiled_calls(args, config)
-    first_ms, timings = compile_and_time(calls, args.repeats)
-    print(timing_table(timings, first_ms, flops, tokens=args.batch * args.length))
-    print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
-    print(f"probe: {flops['probe'] / flops['dense']:.2%} of the dense FLOPs")
-    if args.json:
-        write_json(args.json, results(args, described, timings, first_ms, flops=flops))
-
-
-def compiled_calls(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dict[str, Callable[[], object]]:
-    """The three variants on one batch of random tokens, not compiled yet."""
     dense = dense_model(args, args.device, "sdpa")
+    pruned = ppgraph.transform(dense, config)
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
+    models = {"dense": torch.compile(dense), "static": torch.compile(static_model(dense, config)), "ppgraph": pruned}
+    calls = {name: prefill_call(each, tokens) for name, each in models.items()}
+    first_ms, timings = compile_and_time(calls, args.repeats)
+    report = pruned.ppgraph.report()
+    costs = costs_of(report) | {"static": static_cost(args, config)}
+    rates = Rates.measured(tokens.device, DTYPES[args.dtype])
+    assert report.cost is not None
+    assert rates is not None
+    print(timing_table(timings, first_ms, costs, rates, tokens=tokens.numel()))
+    print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
+    print(f"probe: {report.cost.flops.probe_share:.2%} of the dense FLOPs")
+    if args.json:
+        flops = {name: cost.flops for name, cost in costs.items()}
+        write_json(args.json, results(args, described, timings, first_ms, flops=flops, rates=rates.to_dict()))
 
-    models = {
-        "dense": torch.compile(dense),
-        "static": torch.compile(static_model(dense, config)),
-        "ppgraph": ppgraph.transform(dense, config),
-    }
-    return {name: prefill_call(model, tokens) for name, model in models.items()}
 
-
-def count_flops(args: argparse.Namespace, config: ppgraph.PruneConfig) -> dict[str, int]:
-    """FLOPs of one batch: dense, static, the probe, and static with the probe ("ppgraph").
+def static_cost(args: argparse.Namespace, config: ppgraph.PruneConfig) -> Cost:
+    """FLOPs and weights of the static model.
 
     The meta device computes nothing, and eager attention shows the counter its products, which sdpa hides.
     """
-    dense = dense_model(args, "meta", "eager")
-    samples = math.ceil(args.batch * config.probe_batch)
-    tokens = min(max(math.ceil(args.length * config.probe_tokens), 2), args.length)
-    static_flops = module_flops(static_model(dense, config), args.batch, args.length)[""]
-    by_module = module_flops(dense, samples, tokens)
-    probe = sum(
-        by_module[f"layers.{layer}.{block}"] - by_module[f"layers.{layer}.{block}.{exit_linear}"]
-        for layer in range(config.skip_layers, args.layers)
-        for block, exit_linear in (("self_attn", "o_proj"), ("mlp", "down_proj"))
-    )
-    return {
-        "dense": module_flops(dense, args.batch, args.length)[""],
-        "static": static_flops,
-        "probe": probe,
-        "ppgraph": static_flops + probe,
-    }
-
-
-def module_flops(model: LlamaForCausalLM, samples: int, tokens: int) -> dict[str, int]:
-    """FLOPs by module path inside the decoder, and of the whole model as `""`."""
-    mask = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=model.dtype)
-    ids = torch.zeros(samples, tokens, device="meta", dtype=torch.long)
+    model = static_model(dense_model(args, "meta", "eager"), config)
+    mask = torch.zeros(1, 1, args.length, args.length, device="meta", dtype=model.dtype)
+    ids = torch.zeros(args.batch, args.length, device="meta", dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    prefix = f"{type(model).__name__}.model."
-    counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
-    return {name.removeprefix(prefix): total for name, total in counts.items()} | {"": counter.get_total_flops()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return Cost(counter.get_total_flops(), sum(linear.weight.nbytes for linear in linears))
 
 
 if __name__ == "__main__":

@@ -20,16 +20,20 @@ from ppgraph.inspect.timing import Timing, timings_to_dict
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, batch: int, repeats: int) -> None:
-    """The options that all speed benchmarks take; the defaults are the shape that the project's speed is stated for."""
+def add_arguments(parser: argparse.ArgumentParser, *, repeats: int, batch: int | None = None) -> None:
+    """The options that all speed benchmarks take; the defaults are the shape that the project's speed is stated for.
+
+    A benchmark with no default for `batch` runs several shapes, and asks for them itself.
+    """
+    if batch is not None:
+        parser.add_argument("--batch", type=int, default=batch, help="samples a batch")
+        parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--intermediate", type=int, default=2816, help="MLP channels")
     parser.add_argument("--heads", type=int, default=16, help="query heads")
     parser.add_argument("--kv-heads", type=int, help="key and value heads; all of --heads if absent")
     parser.add_argument("--vocab", type=int, default=32000, help="vocabulary")
-    parser.add_argument("--batch", type=int, default=batch, help="samples a batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
     parser.add_argument("--ratio", type=float, default=0.4, help="share of heads and channels removed")
     parser.add_argument("--skip-layers", type=int, default=0, help="first layers left dense")

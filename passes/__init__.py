@@ -22,8 +22,8 @@ PRUNE: tuple[Pass, ...] = (
     InsertProbe(),
     InsertScore(),
     SelectWeights(),
-    ReuseProbe(),
     CompensateExit(),
+    ReuseProbe(),
     UpdateHistory(),
 )
 REUSE: tuple[Pass, ...] = (FindSites(), ReuseSelection(), SelectWeights(), CompensateExit(), PackWeights())

@@ -317,9 +317,9 @@ class Builder:
                 )
         raise AssertionError("a graph without output")
 
-    def copy(self, node: Node, replace: Callable[[Node], Argument]) -> Node:
-        """A second `node` whose operands went through `replace`."""
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), replace)
+    def copy(self, node: Node, replaced: Mapping[Node, Argument]) -> Node:
+        """A second `node`, some of whose operands are `replaced`."""
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda used: replaced.get(used, used))
         assert callable(node.target)
         return self(node.target, *args, **kwargs)  # type: ignore[no-any-return]
 

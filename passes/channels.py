@@ -375,7 +375,7 @@ class Narrower:
         dim = 1 if exit_linear.target is aten.linear.default else 0
         columns = self.build.select(weight, dim, self.channels)
         replace = {exit_input: narrowed_input, weight: columns}
-        return self.build.copy(exit_linear, lambda used: replace.get(used, used))
+        return self.build.copy(exit_linear, replace)
 
     def _narrow(self, node: Node) -> Node:
         if node not in self.narrowed:
@@ -412,7 +412,7 @@ class Narrower:
         sizes = [self.build.size(query, place) for place in range(len(shape_of(query)))]
         whole = self.build(aten.new_zeros.default, narrow, sizes)
         whole = self.build(aten.index_copy.default, whole, dim, self.units, narrow)
-        attended = self.build.copy(node, lambda used: whole if used is query else used)
+        attended = self.build.copy(node, {query: whole})
         return self.build.select(attended, dim, self.units)
 
     def _attention_on_own_keys(self, node: Node) -> Node:
@@ -428,7 +428,7 @@ class Narrower:
         mask = argument(node, 3, "attn_mask")
         if isinstance(mask, Node) and len(shape_of(mask)) >= 3 and same_size(shape_of(mask)[-3], shape_of(query)[-3]):
             replace[mask] = self.build.select(mask, len(shape_of(mask)) - 3, self.units)
-        copied = self.build.copy(node, lambda used: replace.get(used, used))
+        copied = self.build.copy(node, replace)
         copied.kwargs = {name: setting for name, setting in copied.kwargs.items() if name != "enable_gqa"}
         return copied
 
@@ -493,7 +493,7 @@ class Narrower:
         bias = linear_bias(linear)
         if bias is not None:
             replace[bias] = self.build.select(bias, 0, rows)
-        return self.build.copy(linear, lambda used: replace.get(used, used))
+        return self.build.copy(linear, replace)
 
     def _rows(self, layout: Layout) -> Node:
         if layout.consecutive:

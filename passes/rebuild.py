@@ -26,8 +26,8 @@ def rebuild(build: Builder, node: Node, operands: Mapping[Node, Node], sizes: Ma
     if node.target is operator.getitem:
         pieces = node.args[0]
         assert isinstance(pieces, Node)
-        return build(operator.getitem, build.copy(pieces, lambda used: operands.get(used, used)), node.args[1])  # type: ignore[no-any-return]
-    return build.copy(node, lambda used: operands.get(used, used))
+        return build(operator.getitem, build.copy(pieces, operands), node.args[1])  # type: ignore[no-any-return]
+    return build.copy(node, operands)
 
 
 def _shape(build: Builder, node: Node, sizes: Mapping[int, Any]) -> list[Any]:

@@ -61,16 +61,18 @@ def _reuse_at_exit(program: Program, rows: OtherRows, site: Site, probe: Probe) 
     Raises:
         Refusal: something before the exit mixes rows, or is used elsewhere too.
     """
-    block: Block = program.analysis[site.name]
     exit_linear, narrowed = program.shared["exit", site.name], program.shared["narrowed", site.name]
     others = rows.of(narrowed)
     rows.require_no_other_users(exit_linear)
     build, (_, channels) = rows.build, program.shared["kept", site.name]
-    joined = rows.join(others, probe.y, channels)
-    product = build.copy(exit_linear, lambda used: joined if used is narrowed else used)
-    exit_linear.replace_all_uses_with(rows.in_order(product, exit_linear))
-    program.shared["exit", site.name] = product
-    program.shared["narrowed", site.name] = rows.in_order(joined, block.exit_input)
+    # Two products, as joining their inputs would copy the widest tensors of the block.
+    pieces = rows.pieces(others, probe.y, channels)
+    products = [build.copy(exit_linear, {narrowed: piece}) for piece in pieces]
+    result = rows.in_order(products, exit_linear)
+    exit_linear.replace_all_uses_with(result)
+    program.shared["exit", site.name] = result
+    program.shared["narrowed", site.name] = pieces[0]
+    program.shared["rows", site.name] = RowPieces(pieces, rows.order.slots)
     erase_unused(program, exit_linear)
 
 
@@ -87,8 +89,8 @@ def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Prob
         except Refusal as refusal:
             outcome.refused.append(f"{site.name}: {refusal}")
             continue
-        joined = rows.in_order(rows.join(others, probe.linears[linear], channels), product)
-        product.replace_all_uses_with(joined)
+        pieces = rows.pieces(others, probe.linears[linear], channels)
+        product.replace_all_uses_with(rows.in_order(pieces, product))
         erase_unused(program, product)
 
 
@@ -149,6 +151,26 @@ def _row_order(program: Program, build: Builder, stream: Node, sampling: Samplin
     return RowOrder(others, slots, samples, tokens)
 
 
+@dataclass(frozen=True)
+class RowPieces:
+    """A block's kept channels [rows, C'] in two: of the rows that were not probed, if any, and of the probe's."""
+
+    pieces: list[Node]
+    slots: Node
+
+    def in_order(self, build: Builder) -> Node:
+        """All rows in the batch's order [B·S, C'], read from where they are: joined they would be copied first."""
+        if len(self.pieces) == 1:
+            return build.select(self.pieces[0], 0, self.slots)
+        others, probed = self.pieces
+        count = build.size(others, 0)
+        # Where there are no other rows none can be read: padding is what is read instead.
+        padded = build(aten.constant_pad_nd.default, others, [0, 0, 0, build.size(probed, 0)])
+        place = build(aten.clamp.default, build(aten.sub.Tensor, self.slots, count), 0)
+        is_other = build(aten.unsqueeze.default, build(aten.lt.Scalar, self.slots, count), 1)
+        return build.where(is_other, build.select(padded, 0, self.slots), build.select(probed, 0, place))
+
+
 class OtherRows:
     """Emits nodes again on the rows that were not probed, flattened: [B, S, C] or [B·S, C] -> [B·S - B'·S', C].
 
@@ -182,15 +204,16 @@ class OtherRows:
             if other is not None:
                 raise Refusal(other, f"it uses {node.name} too")
 
-    def join(self, others: Node | None, probed: Node, channels: Node | None) -> Node:
-        """The other rows and, behind them, the probe's, of which `channels` are taken (all when None)."""
+    def pieces(self, others: Node | None, probed: Node, channels: Node | None) -> list[Node]:
+        """The other rows, if any, and the probe's, of which `channels` are taken (all when None)."""
         probed = self.build(aten.reshape.default, probed, [-1, shape_of(probed)[-1]])
         if channels is not None:
             probed = self.build.select(probed, 1, channels)
-        return probed if others is None else self.build(aten.cat.default, [others, probed])
+        return [probed] if others is None else [others, probed]
 
-    def in_order(self, joined: Node, like: Node) -> Node:
-        """Joined rows in the batch's order, with the leading dimensions of `like`."""
+    def in_order(self, pieces: list[Node], like: Node) -> Node:
+        """Rows in the batch's order, with the leading dimensions of `like`."""
+        joined = pieces[0] if len(pieces) == 1 else self.build(aten.cat.default, pieces)
         rows = self.build.select(joined, 0, self.order.slots)
         leading = [self.order.samples, self.order.tokens] if self._leading(like) == 2 else [-1]
         return self.build(aten.reshape.default, rows, [*leading, shape_of(joined)[-1]])  # type: ignore[no-any-return]
@@ -268,7 +291,7 @@ class OtherRows:
             return rows[node.all_input_nodes[0]]
         if is_slice(node, len(shape_of(node)) - 1):
             return self.build(aten.slice.Tensor, rows[node.all_input_nodes[0]], -1, *node.args[2:])  # type: ignore[no-any-return]
-        return self.build.copy(node, lambda used: rows.get(used, used))
+        return self.build.copy(node, rows)
 
     def _is_after_product(self, node: Node) -> bool:
         """Whether a matrix product lies between the residual stream and this node, or is it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import threading
 import time
 import uuid
@@ -26,6 +27,7 @@ from ppgraph.errors import (
     NothingToPruneError,
     UnsupportedModelError,
 )
+from ppgraph.inspect import rates as device_rates
 from ppgraph.inspect.dump import observers
 from ppgraph.lowering import Compiled, lower
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
@@ -122,6 +124,7 @@ class Runtime:
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
+        self._smallest_batch: float = math.inf  # tokens of the smallest one looked at; 0 once a warning is out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The same state for a copied model; its graphs are compiled anew."""
@@ -158,6 +161,26 @@ class Runtime:
         self.graphs.append(record)
         log.info("%s graph %d: rewritten and lowered in %.1f s", phase, len(self.graphs), seconds)
         return GraphRunner(self, program, lowered, outputs, phase, code)
+
+    def warn_below_break_even(self, samples: int, tokens: int, weight: torch.Tensor) -> None:
+        """Say once that a batch is predicted to take longer than dense, at rates measured with `weight`'s dtype."""
+        if tokens == 1 or samples * tokens >= self._smallest_batch:
+            return
+        from ppgraph.inspect.report import BatchCost  # which needs this module
+
+        self._smallest_batch = samples * tokens
+        cost, rates = BatchCost.of(self), device_rates.once_measured(weight.device, weight.dtype)
+        if cost is None or rates is None:
+            return
+        speedup = device_rates.predicted_speedup(cost.flops, cost.gathered_bytes, rates)
+        if speedup < 1:
+            self._smallest_batch = 0
+            log.warning(
+                "pruning is predicted to slow this batch of %d x %d tokens down (%.2f of dense's speed): the probe and "
+                "the selection of weights take longer than what they save. Larger batches pay: `ppgraph explain` names "
+                "the break-even",
+                samples, tokens, speedup,
+            )  # fmt: skip
 
     def step_phase(self, is_step: bool) -> Phase:
         """The phase of a call: prefill, or what the config does with a single-token step."""
@@ -396,6 +419,8 @@ class GraphRunner:
             runtime.history.reserve(runtime.call.start + length)
         outputs = self._lowered(*self._with_states(inputs, length))
         self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
+        if self._phase == "prefill" and self._weights:
+            runtime.warn_below_break_even(samples, length, inputs[next(iter(self._weights.values()))[0]])
         return outputs[: self._outputs]
 
     def _with_states(self, inputs: Sequence[Any], length: int) -> list[Any]:

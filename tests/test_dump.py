@@ -52,7 +52,7 @@ def test_each_graph_has_a_folder_with_one_file_a_stage_that_changed_it(dumped: P
         "02_insert_probe.py",
         "03_insert_score.py",
         "04_select_weights.py",
-        "05_reuse_probe.py",
+        "06_reuse_probe.py",
         "07_update_history.py",
         "08_attach_results.py",
     ]

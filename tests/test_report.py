@@ -170,6 +170,25 @@ def test_predictions_follow_from_the_rates() -> None:
     assert "at most" in str(unknown)
 
 
+def test_a_batch_below_break_even_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings_of(rates: Rates, *shapes: tuple[int, int]) -> list[str]:
+        monkeypatch.setattr("ppgraph.inspect.rates.once_measured", lambda device, dtype: rates)
+        caplog.clear()
+        for samples, length in shapes:
+            model(**batch(samples, length), use_cache=False)
+        return [record.getMessage() for record in caplog.records if record.name == "ppgraph"]
+
+    model = ppgraph.transform(llama(2, layers=3), **OPTIONS)
+    assert warnings_of(Rates(1.0, float("inf")), (20, 24)) == []
+    slow_at_copying = Rates(1.0, 1e-12)
+    assert warnings_of(slow_at_copying, (20, 24), (3, 200)) == []  # no smaller batch than one that was looked at
+    found = warnings_of(slow_at_copying, (2, 8), (2, 4), (3, 5))
+    assert len(found) == 1
+    assert "2 x 8 tokens" in found[0]
+
+
 def test_explain_leaves_the_model_alone() -> None:
     model = llama(2)
     attributes = dict(model.__dict__)

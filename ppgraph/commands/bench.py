@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> str:
 
     import torch
 
-    from ppgraph.inspect.timing import compile_and_time, header, machine, timing_table, timings_to_dict
+    from ppgraph.inspect.rates import once_measured
+    from ppgraph.inspect.timing import compile_and_time, costs_of, header, machine, timing_table, timings_to_dict
     from ppgraph.transform import transform
 
     inputs = random_batch(model, args)
@@ -49,23 +50,24 @@ def run(args: argparse.Namespace) -> str:
     calls = {name: torch.no_grad()(lambda each=each: each(**inputs, use_cache=False)) for name, each in models.items()}
     say("compiling both (a minute or two)")
     first_ms, timings = compile_and_time(calls, args.repeats)
-    report = pruned.ppgraph.report().to_dict()
-    flops = {"dense": report["flops"]["dense"], "ppgraph": report["flops"]["probe"] + report["flops"]["pruned"]}
+    report = pruned.ppgraph.report()
     if args.json:
         results = {
             "machine": machine(),
             "model": args.model,
             "dtype": args.dtype,
-            "report": report,
+            "report": report.to_dict(),
             "variants": timings_to_dict(timings, first_ms),
         }
         return as_json(results)
-    share = report["flops"]["probe"] / report["flops"]["dense"]
+    rates = once_measured(model.device, model.dtype)
+    assert report.cost is not None
+    assert rates is not None
     return "\n".join(
         [
             header(machine(), model.device.type, model.dtype),
             f"{args.model}, {args.batch} samples of {args.length} tokens, {config.method} at {config.ratio:g}\n",
-            timing_table(timings, first_ms, flops, tokens=args.batch * args.length),
-            f"\nprobe: {share:.2%} of the dense FLOPs",
+            timing_table(timings, first_ms, costs_of(report), rates, tokens=args.batch * args.length),
+            f"\nprobe: {report.cost.flops.probe_share:.2%} of the dense FLOPs",
         ]
     )

@@ -17,6 +17,7 @@ from ppgraph.errors import PPGraphError
 from ppgraph.inspect.dump import observers
 from ppgraph.inspect.flops import (
     Sizes,
+    WeightBytes,
     Work,
     batch_sizes,
     count_flops,
@@ -33,18 +34,6 @@ from ppgraph.runtime import Phase, Runtime
 from ppgraph.transform import Pruning, check_inputs, require_causal_lm, tokens_of
 
 MISSING = "-"
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of the weights that products multiply with: all of them, and what is left after selection."""
-
-    dense: int
-    pruned: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Both counts."""
-        return {"dense": self.dense, "pruned": self.pruned}
 
 
 @dataclass(frozen=True)

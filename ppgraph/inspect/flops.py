@@ -51,6 +51,18 @@ class Work:
         return {"dense": float(self.dense), "probe": float(self.probe), "pruned": float(self.pruned)}
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights that products multiply with: all of them, and what is left after selection."""
+
+    dense: int
+    pruned: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Both counts."""
+        return {"dense": self.dense, "pruned": self.pruned}
+
+
 class Sizes:
     """Numbers for a graph's symbolic sizes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -46,9 +47,19 @@ class Rates:
         """Time for these FLOPs and for gathering these bytes, which are read once and written once."""
         return flops / self.flops_per_second + 2 * gathered_bytes / self.bytes_per_second
 
+    def floor_ms(self, flops: float, nbytes: float) -> float:
+        """The roofline: no less time than all FLOPs take, or reading and writing all these bytes once."""
+        return 1000 * max(flops / self.flops_per_second, nbytes / self.bytes_per_second)
+
     def to_dict(self) -> dict[str, float]:
         """Both rates."""
         return {"flops_per_second": self.flops_per_second, "bytes_per_second": self.bytes_per_second}
+
+
+@functools.cache
+def once_measured(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """`Rates.measured`, once a process."""
+    return Rates.measured(device, dtype)
 
 
 def _seconds(statement: str, **names: object) -> float:

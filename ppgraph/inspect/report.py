@@ -11,7 +11,16 @@ import torch
 from torch.fx import GraphModule
 
 from ppgraph.config import PruneConfig
-from ppgraph.inspect.flops import Sizes, Work, batch_sizes, count_flops, count_gathered_bytes, uncounted_products
+from ppgraph.inspect.flops import (
+    Sizes,
+    WeightBytes,
+    Work,
+    batch_sizes,
+    count_flops,
+    count_gathered_bytes,
+    count_weight_bytes,
+    uncounted_products,
+)
 from ppgraph.inspect.tables import Column, Table, count, size, why_dense
 from ppgraph.passes import Site
 from ppgraph.passes.base import shape_of
@@ -43,6 +52,7 @@ class BatchCost:
     batch: tuple[int, int]
     flops: Work
     gathered_bytes: int
+    weights: WeightBytes
     uncounted: dict[str, int]
 
     @classmethod
@@ -69,6 +79,7 @@ class BatchCost:
             batch=(sizes(samples), sizes(tokens)),
             flops=Work(count_flops(captured.nodes, sizes)["model"], after["probe"], after["model"]),
             gathered_bytes=count_gathered_bytes(rewritten.nodes, sizes),
+            weights=WeightBytes(count_weight_bytes(captured.nodes, sizes), count_weight_bytes(rewritten.nodes, sizes)),
             uncounted=uncounted_products(captured.nodes),
         )
 
@@ -134,6 +145,7 @@ class Report:
             "flops": cost.flops.to_dict() if cost else {"dense": None, "probe": None, "pruned": None},
             "uncounted": cost.uncounted if cost else {},
             "gathered_bytes": cost.gathered_bytes if cost else None,
+            "weight_bytes": cost.weights.to_dict() if cost else {"dense": None, "pruned": None},
             "history_bytes": self.history_bytes,
             "history_positions": self.history_positions,
             "packed_bytes": self.packed_bytes,

@@ -19,6 +19,9 @@ from tabulate import tabulate
 from torch.utils.benchmark.utils.timer import timer as synchronised_seconds
 from tqdm import tqdm
 
+from ppgraph.inspect.rates import Rates
+from ppgraph.inspect.report import Report
+
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
 WARM_UP_ROUNDS = 2
 
@@ -105,10 +108,39 @@ def first_calls(calls: Mapping[str, Callable[[], object]], caches: Path) -> dict
     return first_ms
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a variant's call cannot do without: FLOPs, and bytes of weights that it reads and writes."""
+
+    flops: float
+    nbytes: float
+
+
+def costs_of(report: Report) -> dict[str, Cost]:
+    """Of the last batch of a pruned model, as `"dense"` would run it and as `"ppgraph"` does.
+
+    Gathered weights are read, written and read again.
+    """
+    cost = report.cost
+    assert cost is not None
+    pruned_bytes = cost.weights.pruned + 2 * cost.gathered_bytes
+    return {
+        "dense": Cost(cost.flops.dense, cost.weights.dense),
+        "ppgraph": Cost(cost.flops.probe + cost.flops.pruned, pruned_bytes),
+    }
+
+
 def timing_table(
-    timings: Mapping[str, Timing], first_ms: Mapping[str, float], flops: Mapping[str, float], tokens: int
+    timings: Mapping[str, Timing],
+    first_ms: Mapping[str, float],
+    costs: Mapping[str, Cost],
+    rates: Rates,
+    tokens: int,
 ) -> str:
-    """One row a variant of one batch of `tokens`; speedups are over the variant `"dense"`."""
+    """One row a variant of one batch of `tokens`; speedups are over the variant `"dense"`.
+
+    "floor ms" is the roofline: what the FLOPs and the weights' bytes take at the device's measured rates.
+    """
     rows = [
         {
             "variant": name,
@@ -117,20 +149,22 @@ def timing_table(
             "tokens/s": tokens / timing.median_ms * 1000,
             "speedup": timings["dense"].median_ms / timing.median_ms,
             "first call s": first_ms[name] / 1000,
-            "GFLOP": flops[name] / 1e9,
+            "GFLOP": costs[name].flops / 1e9,
+            "weights MB": costs[name].nbytes / 1e6,
+            "floor ms": rates.floor_ms(costs[name].flops, costs[name].nbytes),
         }
         for name, timing in timings.items()
     ]
-    return str(tabulate(rows, headers="keys", floatfmt=("", ".2f", ".2f", ".0f", ".3f", ".1f", ".1f")))
+    return str(tabulate(rows, headers="keys", floatfmt=("", ".2f", ".2f", ".0f", ".3f", ".1f", ".1f", ".0f", ".1f")))
 
 
-def timings_to_dict(timings: Mapping[str, Timing], first_ms: Mapping[str, float]) -> dict[str, Any]:
-    """All times in ms by variant, as JSON-ready values."""
+def timings_to_dict(timings: Mapping[str, Timing], first_ms: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """All times in ms by variant, as JSON-ready values; with those of first calls where they were taken."""
     return {
         name: {
             "median_ms": timing.median_ms,
             "spread_ms": timing.spread_ms,
-            "first_call_ms": first_ms[name],
+            **({"first_call_ms": first_ms[name]} if first_ms else {}),
             "times_ms": list(timing.times_ms),
         }
         for name, timing in timings.items()

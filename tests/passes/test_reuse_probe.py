@@ -15,7 +15,7 @@ from ppgraph.passes.base import StateInput
 from ppgraph.passes.reuse_probe import ReuseProbe
 from tests.passes.graphs import SMALL, Attention, Captured, Flattened, Mlp, Residual, captured, hidden
 
-SELECTED, REUSED = PRUNE[:4], PRUNE[:5]
+SELECTED, REUSED = PRUNE[:5], PRUNE[:6]
 PROBED = SMALL.replace(statistics="probe")
 
 
@@ -70,9 +70,9 @@ X = hidden(4, 6)
 @pytest.mark.parametrize(
     ("block", "rows"),
     [
-        (Mlp(), [21, 24]),  # the exit runs on all rows
-        (Gated(), [21, 21, 24]),
-        (Flattened(), [21, 24]),
+        (Mlp(), [3, 21, 21]),  # the exit runs on all rows, the probe's apart
+        (Gated(), [3, 21, 21, 21]),
+        (Flattened(), [3, 21, 21]),
         (Attention(), [21, 21, 21, 24]),
         (Attention(2), [21, 21, 21, 24]),  # keys and values of groups stay whole, but for the probe's rows
     ],

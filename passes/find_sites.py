@@ -89,13 +89,20 @@ class FindSites:
 
 
 def _streams_into_layers(program: Program) -> set[Node]:
-    """The residual stream that enters the first block of each layer."""
+    """The residual stream that enters the first block of each layer, as the addition before it made it."""
     streams: dict[int, Node] = {}
     for site in program.sites:
         block: Block | None = program.analysis[site.name]
         if block is not None:
-            streams.setdefault(site.layer, block.stream)
+            streams.setdefault(site.layer, _before_conversions(block.stream))
     return set(streams.values())
+
+
+def _before_conversions(node: Node) -> Node:
+    """The value of the same dtype that a node converts; the last layer's addition has no such node behind it."""
+    while node.target is aten.to.dtype and node.args[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+        node = node.all_input_nodes[0]
+    return node
 
 
 class Ancestry:

@@ -39,10 +39,12 @@ def main(arguments: list[str]) -> None:
     dense = dense_model(args, args.device, "sdpa")
     models = {"dense": torch.compile(dense), "ppgraph": ppgraph.transform(dense, prune_config(args))}
     shapes = [(samples, tokens) for tokens in args.tokens for samples in args.samples]
-    found = {shape: timed(models, args, shape) for shape in tqdm(shapes, desc="shapes", file=sys.stderr)}
+    found: dict[tuple[int, int], dict[str, Timing]] = {}
+    for shape in tqdm(shapes, desc="shapes", file=sys.stderr):
+        found[shape] = timed(models, args, shape)
+        if args.json:  # after each, as all take minutes
+            write_json(args.json, results(args, described, found))
     print(table(found, args))
-    if args.json:
-        write_json(args.json, results(args, described, found))
 
 
 def timed(

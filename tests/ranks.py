@@ -91,8 +91,9 @@ def of_all_ranks(own: Any) -> list[Any]:
 
 
 def union(selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What all ranks keep; no channel is kept by two."""
+    """What all ranks keep: each as much of a block as the others, and no channel is kept by two."""
     parts = of_all_ranks(dict(selection))
+    assert all(len({len(part[name]) for part in parts}) == 1 for name in selection)
     joined = {name: torch.cat([part[name] for part in parts]).sort().values for name in selection}
     assert all(len(kept) == len(kept.unique()) for kept in joined.values())
     return joined

@@ -145,6 +145,15 @@ class Reversed(Mlp):
         return self.down(F.relu(self.up(x)).flip(1))
 
 
+class Exchanging(Mlp):
+    """Channels travel between ranks before the exit linear, and a part of them is taken."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops._c10d_functional
+        summed = ops.wait_tensor(ops.all_reduce(torch.cat([self.up(x)] * 2, dim=-1), "sum", "0"))
+        return self.down(summed.chunk(2, dim=-1)[0])
+
+
 class Normalised(Mlp):
     """The norm mixes all channels: none of them can go."""
 
@@ -158,6 +167,7 @@ class Normalised(Mlp):
         (MixingTokens(), "cumsum (aten.cumsum): it mixes neighbouring tokens"),
         (WithoutWeight(), "(aten.matmul): the block does not end in a linear with a weight parameter"),
         (Reversed(), "flip (aten.flip): no operator rule says where dimension"),
+        (Exchanging(), "all_reduce (_c10d_functional.all_reduce): it exchanges channels between ranks"),
         (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so that a part of it takes all"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

@@ -448,6 +448,7 @@ def require_causal_lm(model: object) -> None:
     """Raise UnsupportedModelError for anything but a dense causal language model in eval mode."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a transformers causal language model, found {type(model).__name__}")
+    require_one_device(model)  # first, for where hooks break a graph the backend sees a part of the model
     if isinstance(model.__dict__.get("forward"), PrunedForward):
         raise UnsupportedModelError("this model is pruned already; transform the dense model it came from")
     config = getattr(model, "config", None)
@@ -460,7 +461,6 @@ def require_causal_lm(model: object) -> None:
             "config, generate and an output embedding, such as AutoModelForCausalLM gives)"
         )
     require_eval_mode(model)
-    require_one_device(model)
     require_known_sharding(model)
     for name, parameter in model.named_parameters():
         weight = local_value(parameter)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import ppgraph
+from ppgraph.errors import NothingToPruneError
 from ppgraph.passes import Site
 from ppgraph.sharding import Share
 from ppgraph.state import History
@@ -231,7 +232,7 @@ def refuses(folder: Path, family: str, where: str, reason: str) -> None:
     pruned = ppgraph.transform(spread(folder / family), lowering="eager", **PRUNING)
     try:
         refused = {site.name: site.reason for site in pruned.ppgraph.sites if site.refused}
-    except ppgraph.NothingToPruneError as error:
+    except NothingToPruneError as error:
         refused = {where: str(error)}
     else:
         logits = pruned(**BATCHES[2], use_cache=False).logits

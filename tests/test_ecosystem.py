@@ -161,7 +161,7 @@ def test_models_with_layers_on_disk_are_refused(tmp_path: Path, places: dict[str
         ppgraph.PPGraphError, match=f"lies on {found}, .* with device_map={{'': device}}.* under torchrun"
     ):
         ppgraph.transform(model, **OPTIONS)
-    with pytest.raises(ppgraph.PPGraphError, match=f"lies on {found}, "), torch.no_grad():
+    with pytest.raises(ppgraph.PPGraphError, match=r"by hooks of accelerate .* under torchrun"), torch.no_grad():
         torch.compile(model, backend="ppgraph")(**INPUTS)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from ppgraph.errors import ConfigError, GraphError
@@ -148,9 +150,13 @@ class Reversed(Mlp):
 class Exchanging(Mlp):
     """Channels travel between ranks before the exit linear, and a part of them is taken."""
 
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops = torch.ops._c10d_functional
-        summed = ops.wait_tensor(ops.all_reduce(torch.cat([self.up(x)] * 2, dim=-1), "sum", "0"))
+        summed = ops.wait_tensor(ops.all_reduce(torch.cat([self.up(x)] * 2, dim=-1), "sum", self.group))
         return self.down(summed.chunk(2, dim=-1)[0])
 
 
@@ -167,7 +173,6 @@ class Normalised(Mlp):
         (MixingTokens(), "cumsum (aten.cumsum): it mixes neighbouring tokens"),
         (WithoutWeight(), "(aten.matmul): the block does not end in a linear with a weight parameter"),
         (Reversed(), "flip (aten.flip): no operator rule says where dimension"),
-        (Exchanging(), "all_reduce (_c10d_functional.all_reduce): it exchanges channels between ranks"),
         (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so that a part of it takes all"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -179,6 +184,19 @@ def test_a_refusal_names_the_node_and_the_reason(block: nn.Module, reason: str) 
     assert site.status == "dense"
     assert reason in site.reason
     assert graph.program.pruned_sites == []
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[str]:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield distributed.GroupMember.WORLD.group_name
+    distributed.destroy_process_group()
+
+
+def test_a_refusal_names_the_exchange_between_ranks(group_of_one: str) -> None:
+    graph = captured(Residual(Exchanging(group_of_one)))
+    (site,) = graph.apply(*ANALYSE).sites
+    assert "all_reduce (_c10d_functional.all_reduce): it exchanges channels between ranks" in site.reason
 
 
 class WithoutResidual(Residual):

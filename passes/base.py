@@ -127,8 +127,8 @@ class Program:
     `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
     `token_mask`: the input that says which tokens are real, [B, cached + S] or by query and key [B, H, S, keys].
     `sharded`: of inputs that are this rank's share of a DTensor, that (fake) DTensor.
-    `allocation`: units kept by site name, once an allocation has decided. `checked`: the sites that the result `finite`
-    has a flag for, in order.
+    `allocation`: units kept by site name, once an allocation has decided. `checked`: what the result `finite` has a
+    flag for, in order: sites, and what other ranks hold.
     """
 
     module: GraphModule

@@ -22,6 +22,7 @@ from ppgraph.passes.channels import Narrowing, NarrowingPlanner, weight_paramete
 from ppgraph.passes.operators import (
     before_products,
     is_attention_softmax,
+    is_collective,
     is_fused_attention,
     is_linear,
     is_product,
@@ -35,6 +36,11 @@ from ppgraph.passes.operators import (
 from ppgraph.passes.token_axes import ProbePlan, plan_probe
 
 aten = torch.ops.aten
+
+EXCHANGED = (
+    "it exchanges channels between ranks inside of the block; pruning needs a plan that keeps them on one rank, from "
+    "the entry linears to the exit linear"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ class FindSites:
         for site, block in drafts:
             program.sites.append(site)
             program.analysis[site.name] = block
-        program.cuts |= _streams_into_layers(program) | {branch.addition for branch in branches[-1:]}
+        if branches:
+            program.shared["last stream"] = branches[-1].addition
+            program.cuts |= _streams_into_layers(program) | {branches[-1].addition}
         return PassResult(refused=[f"{site.name}: {site.reason}" for site, _ in drafts if site.refused])
 
 
@@ -236,7 +244,9 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
             raise (narrowing.stops[0] if narrowing.stops else Refusal(operand, "its channels don't come out by head"))
         probe = plan_probe(stream, operand, region)
     except Refusal as refusal:
-        return replace(site, reason=str(refusal), refused=True), None
+        exchange = min(filter(is_collective, region), key=ancestry.index.__getitem__, default=None)
+        reason = refusal if exchange is None else Refusal(exchange, EXCHANGED)
+        return replace(site, reason=str(reason), refused=True), None
     entry = [
         name for linear in narrowing.entries for name in _names(program, linear, weight_parameter(program, linear))
     ]

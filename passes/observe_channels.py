@@ -15,7 +15,7 @@ from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, 
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
 from ppgraph.passes.insert_score import checked_memory, history_of, moment_of
-from ppgraph.passes.update_history import aligned_channels, cut_between_layers, finite_flags, total
+from ppgraph.passes.update_history import aligned_channels, check_finite, cut_between_layers, total
 
 aten = torch.ops.aten
 
@@ -42,10 +42,7 @@ class ObserveChannels:
             observed[site.name] = _observed(program, here, site, seen)
             totals.append(total(here, list(observed[site.name].values())))
         build = Builder(program, program.output(), self.name)
-        flags = finite_flags(build, totals)
-        program.results["finite"] = flags
-        program.checked = [site.name for site in sites]
-        whole = build(aten.all.default, flags)
+        whole = check_finite(program, build, sites, totals)
         for site in sites:
             cut_between_layers(program, sites, site)
             old = _memory(program, site)

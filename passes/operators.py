@@ -66,8 +66,6 @@ def rule_of(node: Node) -> Rule | None:
     packet = _packet(node)
     if packet in RULES:
         return RULES[packet]
-    if is_collective(node):
-        return _exchange
     target = node.target
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return None if target._schema.is_mutable else _pointwise
@@ -217,14 +215,6 @@ def _mixed(node: Node, axis: Axis) -> Refusal:
     )
 
 
-def _exchange(node: Node, axis: Axis) -> Operands:
-    raise Refusal(
-        node,
-        "it exchanges channels between ranks inside of the block; pruning needs a plan that keeps them on one rank, "
-        "from the entry linears to the exit linear",
-    )
-
-
 def _pointwise(node: Node, axis: Axis) -> Operands:
     """Broadcasting: aligned from the right; operands of size 1 there are needed whole."""
     from_right = _rank(node) - axis.dim
@@ -371,11 +361,7 @@ def _split(node: Node, axis: Axis) -> Operands:
     if packet is aten.unbind:
         return [(source, axis.at(axis.dim + (axis.dim >= dim)))]
     if axis.dim == dim:
-        raise Refusal(
-            node,
-            f"it takes a part of dimension {dim}; pruning needs all channels of a block to reach its exit linear, and "
-            "not a plan that gathers them on every rank and divides them again",
-        )
+        raise _mixed(node, axis)
     return [(source, axis)]
 
 

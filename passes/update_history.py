@@ -24,7 +24,7 @@ aten = torch.ops.aten
 class UpdateHistory:
     """Adds the update of every pruned site's history, and the flag `finite` that guards it.
 
-    The flag is a result of the graph: one boolean for each pruned site, in order.
+    The flag is a result of the graph: one boolean for each of the program's `checked`, in order.
     """
 
     name = "update_history"
@@ -48,10 +48,7 @@ class UpdateHistory:
             totals.append(total(here, seen))
         program.cuts |= {place.prev for place in places.values()}
         build = Builder(program, program.output(), self.name)
-        flags = finite_flags(build, totals)
-        program.results["finite"] = flags
-        program.checked = [site.name for site in sites]
-        whole = build(aten.all.default, flags)
+        whole = check_finite(program, build, sites, totals)
         for site in sites if moving else ():
             cut_between_layers(program, sites, site)
             for tensor, shown in observed[site.name].items():
@@ -89,9 +86,27 @@ def total(build: Builder, statistics: list[Node]) -> Node:
     return functools.reduce(build.add, sums)  # type: ignore[no-any-return]
 
 
-def finite_flags(build: Builder, totals: list[Node]) -> Node:
-    """For each site, whether the total of its statistics is finite: [sites]."""
-    return build(aten.isfinite.default, build(aten.stack.default, totals))  # type: ignore[no-any-return]
+def check_finite(program: Program, build: Builder, sites: Sequence[Site], totals: Sequence[Node]) -> Node:
+    """Make the result `finite` of the sites' totals; gives whether all of them are finite, []."""
+    checked = {site.name: value for site, value in zip(sites, totals, strict=True)}
+    if program.sharded:
+        # Ranks must agree on whether a batch counts. What overflows in the channels of one comes to all by the sum
+        # over ranks behind each exit linear.
+        checked["channels of another rank"] = _stream_total(program, build, program.analysis[sites[0].name].stream)
+    flags = build(aten.isfinite.default, build(aten.stack.default, list(checked.values())))
+    program.results["finite"] = flags
+    program.checked = list(checked)
+    return build(aten.all.default, flags)  # type: ignore[no-any-return]
+
+
+def _stream_total(program: Program, build: Builder, stream: Node) -> Node:
+    """The sum of the residual stream behind the last block, over real tokens, []."""
+    last: Node = program.shared["last stream"]
+    rows = build.sum(build(aten.to.dtype, last, torch.float32), len(shape_of(last)) - 1)
+    values, real = aligned_channels(program, build, stream, build(aten.unsqueeze.default, rows, -1))
+    if real is not None:
+        values = build.where(build(aten.unsqueeze.default, real, -1), values, 0.0)
+    return build(aten.sum.default, values)  # type: ignore[no-any-return]
 
 
 def aligned_channels(program: Program, build: Builder, stream: Node, values: Node) -> tuple[Node, Node | None]:

@@ -110,6 +110,11 @@ def require_known_sharding(model: nn.Module) -> None:
             f"{type(model).__name__} is sharded by FSDP, which gathers weights with hooks that a captured graph does "
             'not have; expected tensor parallelism, DistributedConfig(tp_plan="auto") of transformers, or whole weights'
         )
+    if getattr(model, "_pp_stage", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is cut into stages of layers (pp_size), which ranks run one after another with "
+            'calls that a captured graph does not have; expected tensor parallelism, DistributedConfig(tp_plan="auto")'
+        )
     spread = getattr(model, "_tp_size", None) or 1
     if spread > 1 and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(

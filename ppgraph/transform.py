@@ -448,6 +448,7 @@ def require_causal_lm(model: object) -> None:
     """Raise UnsupportedModelError for anything but a dense causal language model in eval mode."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a transformers causal language model, found {type(model).__name__}")
+    require_one_device(model)  # first, for where hooks break a graph the backend sees a part of the model
     if isinstance(model.__dict__.get("forward"), PrunedForward):
         raise UnsupportedModelError("this model is pruned already; transform the dense model it came from")
     config = getattr(model, "config", None)
@@ -460,12 +461,6 @@ def require_causal_lm(model: object) -> None:
             "config, generate and an output embedding, such as AutoModelForCausalLM gives)"
         )
     require_eval_mode(model)
-    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
-    if len(places) > 1 or "disk" in places:
-        raise UnsupportedModelError(
-            f"accelerate has spread this model over {', '.join(places)}, and moves it with hooks that a captured graph "
-            "does not have; expected one device: load it with device_map={'': device}"
-        )
     require_known_sharding(model)
     for name, parameter in model.named_parameters():
         weight = local_value(parameter)
@@ -475,6 +470,20 @@ def require_causal_lm(model: object) -> None:
                 f"{name} is no plain weight but a {kind}, as quantisation leaves it, of which rows and columns "
                 "can't be selected; load the model without, or dequantise it (model.dequantize())"
             )
+
+
+def require_one_device(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model on several devices, or one that accelerate moves while it runs."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) < 2 and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()} or devices
+    raise UnsupportedModelError(
+        f"{type(model).__name__} lies on {', '.join(sorted(places))}, and its weights and activations are moved while "
+        "it runs, by hooks of accelerate that a captured graph does not have; expected all of it on one device: load "
+        "it with device_map={'': device}. Where it is too large for one, spread it over the GPUs of a machine with "
+        'DistributedConfig(tp_plan="auto") of transformers, under torchrun'
+    )
 
 
 def require_eval_mode(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ so. The test has saved models there.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,11 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import ppgraph
+from ppgraph.errors import NothingToPruneError
 from ppgraph.passes import Site
 from ppgraph.sharding import Share
 from ppgraph.state import History
@@ -54,6 +58,20 @@ def whole(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def pruned_by(model: Any, how: str, **changed: Any) -> Any:
+    """`model` as the backend of `torch.compile` prunes it, or its twin of `transform` with a lowering."""
+    if how == "backend":
+        model.compile(backend="ppgraph", options=PRUNING | changed)
+        return model
+    return ppgraph.transform(model, lowering=how, **PRUNING | changed)
+
+
+@functools.cache
+def running(folder: Path) -> Any:
+    """A saved model over all ranks, pruned: the same one for all checks that take it."""
+    return pruned_by(spread(folder), "eager")
+
+
 def texts(samples: int, length: int, padded: bool = False) -> dict[str, Tensor]:
     numbers = torch.Generator().manual_seed(1000 * samples + length)
     ids = torch.randint(3, 97, (samples, length), generator=numbers)
@@ -74,8 +92,9 @@ def of_all_ranks(own: Any) -> list[Any]:
 
 
 def union(selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What all ranks keep; no channel is kept by two."""
+    """What all ranks keep: each as much of a block as the others, and no channel is kept by two."""
     parts = of_all_ranks(dict(selection))
+    assert all(len({len(part[name]) for part in parts}) == 1 for name in selection)
     joined = {name: torch.cat([part[name] for part in parts]).sort().values for name in selection}
     assert all(len(kept) == len(kept.unique()) for kept in joined.values())
     return joined
@@ -100,29 +119,44 @@ def exits(pruned: Any) -> dict[str, str]:
     return {site.name: site.exit[0].rpartition(".")[0] for site in pruned.ppgraph.sites if site.exit}
 
 
-def require_no_new_collectives(pruned: Any) -> None:
+def require_no_new_collectives(pruned: Any, dense: int | None = None) -> None:
+    """Rewritten graphs have the collectives of those that were captured, as many as the `dense` model runs."""
     for record in pruned.ppgraph.graphs:
         assert collectives(record.captured)
         assert collectives(record.rewritten) == collectives(record.captured)
+        assert dense in (None, len(collectives(record.rewritten)))
+
+
+def collectives_run(model: Any) -> int:
+    """How many collectives a call runs."""
+    with torch.no_grad(), CommDebugMode() as seen:
+        model(**BATCHES[0])
+    return int(seen.get_total_counts())
+
+
+def require_as_expected(inputs: Mapping[str, Tensor], pruned: Any, output: Any, expected: Any) -> None:
+    """The logits of the reference, and its selections."""
+    kept = union(pruned.ppgraph.selection())
+    assert kept.keys() == expected.selection.keys()
+    assert all(torch.equal(kept[name], expected.selection[name]) for name in kept)
+    assert close(inputs, output.logits, expected.logits)
 
 
 def as_the_reference(folder: Path, family: str) -> None:
     """Three stateful batches and a step as by the eager reference that lets each rank choose among its own units."""
     dense, ranks = whole(folder / family), distributed.get_world_size()
-    pruned = ppgraph.transform(spread(folder / family), lowering="eager", **PRUNING)
+    pruned = running(folder / family)
+    pruned.ppgraph.history.reset()
     reference = Reference(dense, ranks=ranks, **PRUNING)
     for inputs in BATCHES:
-        output, expected = pruned(**inputs), reference(**inputs)
-        kept = union(pruned.ppgraph.selection())
-        assert kept.keys() == expected.selection.keys()
-        assert all(torch.equal(kept[name], expected.selection[name]) for name in kept)
-        assert close(inputs, output.logits, expected.logits)
+        output = pruned(**inputs)
+        require_as_expected(inputs, pruned, output, reference(**inputs))
+    kept = union(pruned.ppgraph.selection())
     longer = {name: torch.cat([values, values[:, -1:]], dim=1) for name, values in BATCHES[-1].items()}
     step = {"input_ids": longer["input_ids"][:, -1:], "attention_mask": longer["attention_mask"]}
     found = pruned(**step, past_key_values=output.past_key_values).logits[:, 0]
     assert relative(found, masked_dense_logits(dense, kept, **longer)[:, -1]) < 1e-5
-    require_no_new_collectives(pruned)
-    assert {len(collectives(record.captured)) for record in pruned.ppgraph.graphs} == {2 * LAYERS + 2}
+    require_no_new_collectives(pruned, dense=collectives_run(spread(folder / family)))
     saved = folder / f"reference-{family}-{ranks}"
     pruned.ppgraph.history.save(saved)
     for name, values in load_file(next(saved.glob("*.safetensors"))).items():
@@ -131,13 +165,13 @@ def as_the_reference(folder: Path, family: str) -> None:
             torch.testing.assert_close(values[: len(held)], held, rtol=1e-4, atol=1e-6)
 
 
-def exact(folder: Path, family: str, lowering: str) -> None:
+def exact(folder: Path, family: str, how: str) -> None:
     """Calibrated, stateful over three batches, decoding, and dense at ratio 0: as the whole model on one device."""
-    model, dense = spread(folder / family), whole(folder / family)
-    pruned = ppgraph.transform(model, lowering=lowering, **PRUNING)
+    dense = whole(folder / family)
+    pruned = pruned_by(spread(folder / family), how)
     ppgraph.calibrate(pruned, CALIBRATION, progress=False)
     for inputs in BATCHES:
-        logits = pruned(**inputs, use_cache=False).logits
+        logits = logits_of(pruned, inputs)
         kept = union(pruned.ppgraph.selection())
         assert set(kept) == {site.name for site in pruned.ppgraph.sites if not site.refused}
         assert close(inputs, logits, masked_dense_logits(dense, kept, **inputs, exits=exits(pruned)))
@@ -147,11 +181,50 @@ def exact(folder: Path, family: str, lowering: str) -> None:
         expected = dense.generate(**BATCHES[2], max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(found, expected)
     require_no_new_collectives(pruned)
-    unpruned = ppgraph.transform(model, lowering=lowering, **PRUNING | {"ratio": 0.0})
-    logits = unpruned(**BATCHES[1], use_cache=False).logits
+    model = spread(folder / family)
+    expected = logits_of(model, BATCHES[1])
+    logits = logits_of(pruned_by(model, how, ratio=0.0), BATCHES[1])
+    assert torch.equal(logits, expected) if how == "eager" else relative(logits, expected) < 1e-5
+
+
+def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        expected = model(**BATCHES[1], use_cache=False).logits
-    assert torch.equal(logits, expected) if lowering == "eager" else relative(logits, expected) < 1e-5
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def starts(folder: Path, family: str) -> None:
+    """Calibrate, run a batch, and save the history."""
+    pruned = pruned_by(spread(folder / family), "eager")
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    pruned(**BATCHES[0])
+    pruned.ppgraph.history.save(folder / f"of-{distributed.get_world_size()}")
+
+
+def goes_on(folder: Path, family: str, before: str) -> None:
+    """What another number of ranks has saved loads before the first call, and the next batch is chosen by it."""
+    reference = Reference(whole(folder / family), ranks=int(before), **PRUNING)
+    reference.calibrate(CALIBRATION)
+    reference(**BATCHES[0])
+    reference.ranks = distributed.get_world_size()
+    pruned = pruned_by(spread(folder / family), "eager")
+    pruned.ppgraph.history.load(folder / f"of-{before}")
+    require_as_expected(BATCHES[1], pruned, pruned(**BATCHES[1]), reference(**BATCHES[1]))
+
+
+def overflows(folder: Path, family: str) -> None:
+    """What is not finite in the last channels of one rank keeps the batch out of the history of all."""
+    model = spread(folder / family)
+    weight = model.model.layers[-1].mlp.up_proj.weight
+    assert isinstance(weight, DTensor)
+    if distributed.get_rank() == 0:
+        weight.to_local().data.fill_(torch.inf)
+    pruned = pruned_by(model, "eager")
+    for action in (lambda: ppgraph.calibrate(pruned, CALIBRATION, progress=False), lambda: pruned(**BATCHES[1])):
+        found = of_all_ranks(_error(action))
+        assert all("NaN or infinity at model.layers.1.mlp" in text for text in found[:1]), found
+        assert all("NaN or infinity at channels of another rank" in text for text in found[1:]), found
+        assert not any(bool(pruned.ppgraph.history[name].any()) for name in pruned.ppgraph.history)
 
 
 def refuses(folder: Path, family: str, where: str, reason: str) -> None:
@@ -159,7 +232,7 @@ def refuses(folder: Path, family: str, where: str, reason: str) -> None:
     pruned = ppgraph.transform(spread(folder / family), lowering="eager", **PRUNING)
     try:
         refused = {site.name: site.reason for site in pruned.ppgraph.sites if site.refused}
-    except ppgraph.NothingToPruneError as error:
+    except NothingToPruneError as error:
         refused = {where: str(error)}
     else:
         logits = pruned(**BATCHES[2], use_cache=False).logits
@@ -260,31 +333,40 @@ def allocated(folder: Path, family: str) -> None:
     reference = Reference(dense, flap=True, score="flap", ranks=distributed.get_world_size(), **PRUNING)
     ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
     reference.calibrate(CALIBRATION[:1])
-    logits, expected = pruned(**BATCHES[2], use_cache=False).logits, reference(**BATCHES[2])
-    kept = union(pruned.ppgraph.selection())
-    assert kept.keys() == expected.selection.keys()
-    assert all(torch.equal(kept[name], expected.selection[name]) for name in kept)
-    assert close(BATCHES[2], logits, expected.logits)
+    output = pruned(**BATCHES[2], use_cache=False)
+    require_as_expected(BATCHES[2], pruned, output, reference(**BATCHES[2]))
     pruned.ppgraph.history.save(folder / f"flap-{family}")
     again = ppgraph.transform(spread(folder / family), lowering="eager", method="flap", **PRUNING)
     again.ppgraph.history.load(folder / f"flap-{family}")
-    assert torch.equal(again(**BATCHES[2], use_cache=False).logits, logits)
+    assert torch.equal(again(**BATCHES[2], use_cache=False).logits, output.logits)
     for field in ({"allocation": "least-loss"}, {"compensation": "least-squares", "observed": "second-moment"}):
         other = ppgraph.transform(spread(folder / family), lowering="eager", **field, **PRUNING)
         assert "several ranks" in _error(lambda other=other: ppgraph.calibrate(other, CALIBRATION, progress=False))
 
 
-def dies(folder: Path) -> None:
-    """One rank ends in the middle of the work, and the others wait for it in a collective."""
+def dies(folder: Path, family: str) -> None:
+    """One rank ends, and the others wait for it in the collectives of the pruned model."""
+    pruned = running(folder / family)
     if distributed.get_rank() == 1:
         os._exit(3)
-    distributed.all_reduce(torch.ones(1))
-    distributed.barrier()
+    pruned(**BATCHES[0])
 
 
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
-    for check in (as_the_reference, exact, refuses, histories, averages, replicas, allocated, dies)
+    for check in (
+        as_the_reference,
+        exact,
+        starts,
+        goes_on,
+        overflows,
+        refuses,
+        histories,
+        averages,
+        replicas,
+        allocated,
+        dies,
+    )
 }
 
 

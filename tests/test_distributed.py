@@ -41,18 +41,35 @@ def run(folder: Path, ranks: int, *checks: str) -> str:
 
 def test_two_ranks_do_as_one_device_and_the_job_ends_when_one_of_them_dies(tmp_path: Path) -> None:
     checks = ("histories", "averages", "as_the_reference:llama")
-    error = run(tmp_path, 2, *checks, "dies")
+    error = run(tmp_path, 2, *checks, "dies:llama")
     fine = {check for check in checks if (tmp_path / f"{check.split(':')[0]}-is-fine").exists()}
     assert fine == set(checks), error
     assert "exitcode  : 3" in error
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("how", ["eager", "inductor"])
 @pytest.mark.parametrize("family", ["llama", "mha", "qwen3", "opt", "mixtral"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_spread_model_is_the_whole_model_masked(tmp_path: Path, ranks: int, family: str, lowering: str) -> None:
-    assert run(tmp_path, ranks, f"exact:{family}:{lowering}") == ""
+def test_a_spread_model_is_the_whole_model_masked(tmp_path: Path, ranks: int, family: str, how: str) -> None:
+    assert run(tmp_path, ranks, f"exact:{family}:{how}") == ""
+
+
+@pytest.mark.thorough
+def test_a_spread_model_through_the_backend(tmp_path: Path) -> None:
+    assert run(tmp_path, 2, "exact:llama:backend") == ""
+
+
+@pytest.mark.thorough
+def test_a_history_goes_on_under_another_number_of_ranks(tmp_path: Path) -> None:
+    assert run(tmp_path, 2, "starts:llama") == ""
+    assert run(tmp_path, 1, "starts:llama", "goes_on:llama:2") == ""
+    assert run(tmp_path, 4, "goes_on:llama:1", "goes_on:llama:2") == ""
+
+
+@pytest.mark.thorough
+def test_a_batch_that_one_rank_cannot_count_is_counted_by_none(tmp_path: Path) -> None:
+    assert run(tmp_path, 2, "overflows:llama") == ""
 
 
 @pytest.mark.thorough
@@ -68,12 +85,20 @@ def test_methods_that_decide_over_all_layers_and_replicas(tmp_path: Path) -> Non
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("family", "where", "reason"), [("phi3", "", "a_plan_that_gathers"), ("olmo2", "self_attn", "a_plan_that_gathers")]
+    ("family", "where", "reason"),
+    [("phi3", "", "exchanges_channels_between_ranks"), ("olmo2", "self_attn", "exchanges_channels_between_ranks")],
 )
 def test_plans_that_gather_channels_leave_those_blocks_dense(
     tmp_path: Path, family: str, where: str, reason: str
 ) -> None:
     assert run(tmp_path, 2, f"refuses:{family}:{where}:{reason}") == ""
+
+
+def test_pipeline_stages_are_refused() -> None:
+    model = llama()
+    model._pp_stage = object()  # as `apply_pipeline_parallelism` of transformers leaves it
+    with pytest.raises(ppgraph.PPGraphError, match=r"cut into stages of layers \(pp_size\)"):
+        ppgraph.transform(model)
 
 
 def test_a_spread_that_cannot_be_seen_is_refused() -> None:

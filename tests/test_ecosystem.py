@@ -146,12 +146,39 @@ def test_a_single_device_map_loads_a_model_that_prunes(tmp_path: Path) -> None:
     assert agrees_with_masked_dense(model, ppgraph.transform(model, **OPTIONS))
 
 
-def test_models_spread_by_accelerate_are_refused(tmp_path: Path) -> None:
+ON_CPU = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("places", "found"),
+    [(ON_CPU | {"model.layers.1": "disk"}, "cpu, disk"), ({"": "disk"}, "disk")],
+    ids=["one", "all"],
+)
+def test_models_with_layers_on_disk_are_refused(tmp_path: Path, places: dict[str, str], found: str) -> None:
     llama(2).save_pretrained(tmp_path)
-    on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
-    spread = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread, offload_folder=tmp_path / "off").eval()
-    with pytest.raises(ppgraph.PPGraphError, match="spread this model over cpu, disk"):
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off").eval()
+    with pytest.raises(
+        ppgraph.PPGraphError, match=f"lies on {found}, .* with device_map={{'': device}}.* under torchrun"
+    ):
+        ppgraph.transform(model, **OPTIONS)
+    with pytest.raises(ppgraph.PPGraphError, match=r"by hooks of accelerate .* under torchrun"), torch.no_grad():
+        torch.compile(model, backend="ppgraph")(**INPUTS)
+
+
+def test_models_that_accelerate_offloads_or_hooks_are_refused() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    for model, found in (
+        (accelerate.cpu_offload(llama(2), execution_device="cpu"), "meta"),
+        (accelerate.dispatch_model(llama(2), {"": "cpu"}, force_hooks=True), "cpu"),
+    ):
+        with pytest.raises(ppgraph.PPGraphError, match=f"lies on {found}, .* by hooks of accelerate"):
+            ppgraph.transform(model, **OPTIONS)
+
+
+def test_models_on_several_devices_are_refused() -> None:
+    model = llama(2)
+    model.model.layers[1].to("meta")
+    with pytest.raises(ppgraph.PPGraphError, match="lies on cpu, meta, "):
         ppgraph.transform(model, **OPTIONS)
 
 

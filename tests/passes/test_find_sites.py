@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from ppgraph.errors import ConfigError, GraphError
@@ -145,6 +147,19 @@ class Reversed(Mlp):
         return self.down(F.relu(self.up(x)).flip(1))
 
 
+class Exchanging(Mlp):
+    """Channels travel between ranks before the exit linear, and a part of them is taken."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops._c10d_functional
+        summed = ops.wait_tensor(ops.all_reduce(torch.cat([self.up(x)] * 2, dim=-1), "sum", self.group))
+        return self.down(summed.chunk(2, dim=-1)[0])
+
+
 class Normalised(Mlp):
     """The norm mixes all channels: none of them can go."""
 
@@ -169,6 +184,19 @@ def test_a_refusal_names_the_node_and_the_reason(block: nn.Module, reason: str) 
     assert site.status == "dense"
     assert reason in site.reason
     assert graph.program.pruned_sites == []
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[str]:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield distributed.GroupMember.WORLD.group_name
+    distributed.destroy_process_group()
+
+
+def test_a_refusal_names_the_exchange_between_ranks(group_of_one: str) -> None:
+    graph = captured(Residual(Exchanging(group_of_one)))
+    (site,) = graph.apply(*ANALYSE).sites
+    assert "all_reduce (_c10d_functional.all_reduce): it exchanges channels between ranks" in site.reason
 
 
 class WithoutResidual(Residual):

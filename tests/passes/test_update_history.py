@@ -63,6 +63,24 @@ def test_one_bad_number_leaves_the_whole_history_as_it_was(bad: float) -> None:
     assert torch.equal(history, history_of_ones())
 
 
+def test_what_overflows_on_another_rank_leaves_the_history_as_it_was() -> None:
+    block = Mlp(bias=True)
+    graph = captured(MaskedResidual(block), hidden(), torch.ones(3, 5, dtype=torch.long), config=EIGHTH)
+    graph.program.sharded = dict.fromkeys(graph.program.parameters)  # type: ignore[arg-type]
+    graph.apply(*PRUNE)
+    assert graph.program.checked == [SITE, "channels of another rank"]
+    history, x = history_of_ones(), hidden(2, POSITIONS)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    x[0, 1] = math.inf  # padding
+    state = [history, torch.ones(12)]
+    assert graph.results(x, mask, state=state)["finite"].tolist() == [True, True]
+    assert not torch.equal(before := history.clone(), history_of_ones())
+    with torch.no_grad():
+        block.down.bias[0] = math.inf  # as the sum over ranks brings it
+    assert graph.results(x, mask, state=state)["finite"].tolist() == [True, False]
+    assert torch.equal(history, before)
+
+
 @pytest.mark.parametrize(
     "change", [{"history_momentum": 1.0}, {"statistics": "probe"}, {"statistics": "history"}], ids=str
 )

@@ -27,6 +27,7 @@ from ppgraph.errors import (
     UnsupportedModelError,
 )
 from ppgraph.inspect.dump import observers
+from ppgraph.interrupts import interrupts_held_back
 from ppgraph.lowering import Compiled, lower
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
@@ -101,7 +102,8 @@ class Call:
 class Runtime:
     """Everything that the graphs of one pruned model share.
 
-    `lock` is held during a call: threads on one model take turns, and the history moves in the order of their calls.
+    The history's lock is held during a call: threads on one model take turns, and the history moves in the order of
+    their calls.
     """
 
     config: PruneConfig
@@ -118,10 +120,14 @@ class Runtime:
         require_consistent(self.config)
         self.history = History(self.config)
         self.statistics = SelectionStatistics()
-        self.lock = threading.RLock()
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
+
+    @property
+    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+        """What a call holds: nobody else moves, saves or loads the history meanwhile."""
+        return self.history.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The same state for a copied model; its graphs are compiled anew."""
@@ -392,10 +398,11 @@ class GraphRunner:
                 "captured before that; call torch.compiler.reset(), then the model again"
             )
         samples, length = (size(inputs) for size in self._batch)
-        if any(item.role in ("history", "seen") for item in self._state_inputs):
-            runtime.history.reserve(runtime.call.start + length)
-        outputs = self._lowered(*self._with_states(inputs, length))
-        self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
+        with interrupts_held_back():  # the graph moves one site's history after the other
+            if any(item.role in ("history", "seen") for item in self._state_inputs):
+                runtime.history.reserve(runtime.call.start + length)
+            outputs = self._lowered(*self._with_states(inputs, length))
+            self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
         return outputs[: self._outputs]
 
     def _with_states(self, inputs: Sequence[Any], length: int) -> list[Any]:

@@ -7,7 +7,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -57,6 +57,12 @@ class Pruning:
     def is_for(self, model: nn.Module) -> bool:
         """Whether this belongs to `model` (and did not come along with a shallow copy of another one)."""
         return self._model is model
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedModelError(
+            "a pruned model can't be pickled (by torch.save or a process pool): its graphs are compiled code. Save the "
+            "weights with save_pretrained or state_dict and the history with .ppgraph.history.save(folder)"
+        )
 
     @property
     def config(self) -> PruneConfig:
@@ -341,14 +347,20 @@ def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         if name in ON_DEVICE and isinstance(value, torch.Tensor) and value.device != home:
             raise InputError(f"{name} is on {value.device}, but the model on {home}: move one to the other")
     tokens = _tokens(arguments)
+    if tokens.dim() == 3:
+        _require_fitting_embeddings(tokens, model)
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor):
-        _require_mask(mask, *tokens.shape[:2])
+    for one in mask.values() if isinstance(mask, Mapping) else [mask]:
+        _require_mask(one, *tokens.shape[:2])
     if tokens.dim() == 2 and tokens.shape[1] > 1:  # steps of decoding are not held up by a look at their values
         _require_known_ids(tokens, model)
 
 
 ON_DEVICE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+# What torch's embedding takes.
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -359,18 +371,37 @@ def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
     name, tokens = given[0], arguments[given[0]]
     is_ids = name == "input_ids"
     is_tensor = isinstance(tokens, torch.Tensor)
-    if not is_tensor or tokens.dim() != (2 if is_ids else 3) or tokens.is_floating_point() == is_ids:
+    fits = is_tensor and (tokens.dtype in ID_DTYPES if is_ids else tokens.is_floating_point())
+    if not fits or tokens.dim() != (2 if is_ids else 3):
         found = f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else type(tokens).__name__
         expected = "whole numbers [samples, tokens]" if is_ids else "numbers [samples, tokens, hidden]"
+        expected += " (int64 or int32)" if is_ids else ""
         raise InputError(f"expected {name} as a tensor of {expected}, found {found}")
     if tokens.numel() == 0:
         raise InputError(f"a batch without tokens: {name} has shape {list(tokens.shape)}")
     return tokens  # type: ignore[no-any-return]
 
 
-def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
+def _require_fitting_embeddings(embeddings: torch.Tensor, model: nn.Module) -> None:
+    table = input_embedding(model)
+    if table is None or torch.is_autocast_enabled(embeddings.device.type):
+        return
+    weight = table.weight
+    if embeddings.dtype != weight.dtype or embeddings.shape[2] != weight.shape[1]:
+        raise InputError(
+            f"expected inputs_embeds as the model embeds its tokens, {weight.dtype} with {weight.shape[1]} numbers a "
+            f"token; found {embeddings.dtype} with {embeddings.shape[2]}"
+        )
+
+
+def _require_mask(mask: object, samples: int, length: int) -> None:
     """A mask by token [B, cached + S] in which every sample has a real token, or one by query and key."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"expected attention_mask as a tensor, found {type(mask).__name__}")
     if mask.dim() == 4:
+        _require_mask_by_query(mask, samples, length)
         return
     if mask.dim() != 2 or mask.shape[0] != samples or mask.shape[1] < length:
         raise InputError(
@@ -382,6 +413,20 @@ def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
     empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token")
+
+
+def _require_mask_by_query(mask: torch.Tensor, samples: int, length: int) -> None:
+    """A mask [B, heads, S, keys] of booleans, or of numbers that are added to scores."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            "expected a 4-dimensional attention_mask of booleans (True where a token is seen), or of numbers that are "
+            f"added to scores; found {mask.dtype}: use mask.bool()"
+        )
+    if mask.shape[0] not in (1, samples) or mask.shape[2] != length or mask.shape[3] < length:
+        raise InputError(
+            f"expected an attention_mask [samples, heads, tokens, keys] for {samples} samples of {length} tokens, "
+            f"found {list(mask.shape)}"
+        )
 
 
 def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:

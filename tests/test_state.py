@@ -249,8 +249,11 @@ Damage = Callable[[Path, Path], None]
 
 
 def edit(**changes: Any) -> Damage:
+    """Another index, with a digest that fits."""
+
     def damage(index: Path, data: Path) -> None:
-        index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+        changed = json.loads(index.read_text()) | changes
+        index.write_text(json.dumps(changed | {"index_sha256": state.index_digest(changed)}))
 
     return damage
 
@@ -295,6 +298,11 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         "no safetensors",
         lambda index, data: (data.write_bytes(b"x" * 99), edit(sha256=state._digest(data))(index, data)),
         "is damaged",
+    ),  # type: ignore[func-returns-value]
+    (
+        "another width",  # of an allocation or a config, which nothing else tells
+        lambda index, data: index.write_text(index.read_text().replace('"width_multiple": 64', '"width_multiple": 65')),
+        r"ppgraph.json is damaged: it is not what was saved \(sha256 differs\)",
     ),  # type: ignore[func-returns-value]
     ("later format", edit(format=99), "has format 99, this version of ppgraph reads 1"),
     ("format of a bool", edit(format=True), r"expected format \(int\), found True"),

@@ -92,10 +92,14 @@ class Selection:
 
 @dataclass
 class Call:
-    """What a graph's inputs don't say about the call: positions already in the cache, and the selection to reuse."""
+    """What a graph's inputs don't say about the call: positions already in the cache, and the selection to reuse.
+
+    `ran` tells afterwards that a rewritten graph ran it.
+    """
 
     start: int = 0
     selection: Selection | None = None
+    ran: bool = False
 
 
 @dataclass
@@ -398,6 +402,7 @@ class GraphRunner:
                 "captured before that; call torch.compiler.reset(), then the model again"
             )
         samples, length = (size(inputs) for size in self._batch)
+        runtime.call.ran = True
         with interrupts_held_back():  # the graph moves one site's history after the other
             if any(item.role in ("history", "seen") for item in self._state_inputs):
                 runtime.history.reserve(runtime.call.start + length)

@@ -57,12 +57,17 @@ class History:
         self._seen = torch.zeros(0)
         self.lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> History:
         """The same contents, under a lock of its own."""
         made = type(self).__new__(type(self))
         with self.lock:
-            held = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name != "lock"}
-        made.__dict__.update(held, lock=threading.RLock())
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
 
     def __repr__(self) -> str:

@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import ppgraph
 from ppgraph.config import PruneConfig
-from ppgraph.errors import ConfigError, HistoryError, InputError, NonFiniteError, UnsupportedModelError
+from ppgraph.errors import CaptureError, ConfigError, HistoryError, InputError, NonFiniteError, UnsupportedModelError
 from ppgraph.loading import load_model
+from ppgraph.transform import learned_positions
 from tests.reference import masked_dense_logits
 from tests.test_exactness import SIZES, batch, llama, relative
+from tests.test_families import Family
+from tests.test_generate import cache_in, cached
 
 OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
 IDS = batch(3, 16)["input_ids"]
@@ -78,6 +82,26 @@ def test_careless_input_is_refused_and_changes_nothing(
     assert state_of(warm) == before
 
 
+UNFIT: list[tuple[str, Callable[[Any], dict[str, Any]]]] = [
+    ("other positions", lambda pruned: {"position_ids": torch.arange(4)[None]}),
+    ("text for a cache", lambda pruned: cached("cache")),
+    ("the cache of other samples", lambda pruned: cached(cache_in(pruned(IDS[:2], use_cache=True)))),
+    ("the cache of another model", lambda pruned: cached(cache_in(llama(4)(IDS, use_cache=True)))),
+]
+
+
+@pytest.mark.parametrize("make", [case[1] for case in UNFIT], ids=[case[0] for case in UNFIT])
+def test_what_the_dense_model_refuses_is_one_clear_error(
+    warm: LlamaForCausalLM, make: Callable[[Any], dict[str, Any]]
+) -> None:
+    inputs = make(warm)
+    before = state_of(warm)
+    with pytest.raises(CaptureError, match=r"expected inputs that the dense LlamaForCausalLM takes.*found: "):
+        warm(IDS, **inputs)
+    assert state_of(warm) == before
+    warm(IDS, use_cache=False)
+
+
 def test_embeddings_that_are_not_finite_change_nothing(warm: LlamaForCausalLM) -> None:
     embedded = warm.get_input_embeddings()(IDS).detach().clone()
     warm(inputs_embeds=embedded, use_cache=False)
@@ -112,6 +136,33 @@ def warm_dense(pruned: Any) -> LlamaForCausalLM:
 def test_a_pruned_model_is_not_pickled_and_says_what_to_do(warm: LlamaForCausalLM, store: Callable[[Any], Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=r"can't be pickled.*save_pretrained.*history.save\(folder\)"):
         store(warm)
+
+
+def test_more_tokens_than_learned_positions_are_refused() -> None:
+    """Of 64; a cache counts. Families that compute positions go on as their dense models do."""
+    pruned = ppgraph.transform(Family("gpt2").model("sdpa"), **OPTIONS)
+    ids = batch(2, 65)["input_ids"]
+    with pytest.raises(InputError, match="65 tokens are longer than the model's context: it has learned 64 positions"):
+        pruned(ids, use_cache=False)
+    cache = cache_in(pruned(ids[:, :60], use_cache=True))
+    with pytest.raises(InputError, match="65 tokens are longer"):
+        pruned(ids[:, 60:], **cached(cache))
+    for model_type in ("gpt2", "opt"):
+        assert learned_positions(Family(model_type).model("sdpa")) == 64
+    assert learned_positions(llama(2)) is None
+
+
+def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM) -> None:
+    """Where torch.compile is switched off, or does nothing: under a dispatch mode."""
+    before = state_of(warm)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(CaptureError, match="the model ran dense"):
+        ppgraph.transform(llama(2), **OPTIONS)(IDS, use_cache=False)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(CaptureError):
+        warm(IDS, use_cache=False)
+    with FlopCounterMode(display=False), pytest.raises(CaptureError, match="no dispatch mode around it"):
+        warm(IDS, use_cache=False)
+    assert state_of(warm) == before
+    warm(IDS, use_cache=False)
 
 
 # Files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def test_a_deep_copy_is_independent() -> None:
     copied = copy.deepcopy(held)
     fill(copied, 1)
     assert not same(contents(held), contents(copied))
+
+
+def test_a_history_can_be_sent_to_another_process() -> None:
+    held = history(5)
+    assert same(contents(pickle.loads(pickle.dumps(held))), contents(held))  # noqa: S301
 
 
 def test_it_is_fp32_and_no_part_of_the_state_dict() -> None:

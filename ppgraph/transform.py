@@ -212,9 +212,9 @@ class Pruning:
             if call.ran or not (type(error) is RuntimeError or isinstance(error, _torch.TorchDynamoException)):
                 raise  # of the graph itself, such as a lack of memory
             raise CaptureError(
-                f"expected inputs that the dense {type(self._model).__name__} takes, and no dispatch mode around it, "
-                f"so that it can be captured as one graph; found: {_reason(error)}. Nothing has changed: does the "
-                "dense model take this call?"
+                f"expected inputs that the dense {type(self._model).__name__} takes, torch.compile switched on and no "
+                f"dispatch mode around it, to capture its forward as one graph; found: {_reason(error)}. Nothing has "
+                "changed: does the dense model take this call?"
             ) from error
 
     def _dense_forward(self) -> Callable[..., Any]:

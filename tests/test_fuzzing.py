@@ -14,7 +14,7 @@ from tests.fuzzing import Batch, Case, Discarded, cases, check
 
 @pytest.mark.filterwarnings("ignore")  # of families' own code, which differs from family to family
 @settings(
-    max_examples=4,
+    max_examples=3,
     derandomize=True,
     database=None,
     deadline=None,

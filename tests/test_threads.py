@@ -18,7 +18,7 @@ from tests.reference import masked_dense_logits
 from tests.test_exactness import SIZES, batch, llama, relative
 
 THREADS = 8
-OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES, "skip_layers": 0}
 BATCHES = [batch(2 + number % 3, 5 + number, "left") for number in range(THREADS)]
 ROUNDS = 3
 
@@ -45,7 +45,7 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
     """Each batch chooses by itself here, so the order of the calls does not matter; they capture at once, too."""
-    model = llama(2)
+    model = llama(2, layers=1)
     alone = ppgraph.transform(model, statistics="probe", **OPTIONS)
     expected = [logits_of(alone, inputs) for inputs in BATCHES]
     shared = ppgraph.transform(model, statistics="probe", **OPTIONS)
@@ -56,7 +56,7 @@ def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
 
 def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
     """Some order of the batches, one after the other, gives the very history that threads left."""
-    model, momentum = llama(2), 0.5
+    model, momentum = llama(2, layers=1), 0.5
     pruned = ppgraph.transform(model, history_momentum=momentum, **OPTIONS)
     pruned(**BATCHES[0], use_cache=False)
     pruned.ppgraph.history.reset()
@@ -83,7 +83,7 @@ def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
 
 
 def test_threads_that_generate_keep_to_their_own_prompts() -> None:
-    pruned = ppgraph.transform(llama(2), statistics="probe", **OPTIONS)
+    pruned = ppgraph.transform(llama(2, layers=1), statistics="probe", **OPTIONS)
 
     def tokens(inputs: dict[str, Tensor]) -> Tensor:
         return pruned.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[no-any-return]
@@ -95,19 +95,19 @@ def test_threads_that_generate_keep_to_their_own_prompts() -> None:
 
 def test_copies_and_two_models_at_once() -> None:
     """Each with a history of its own, captured at the same time; square batches, whose sizes must be told apart."""
-    first, second = llama(2), llama(4, seed=1)
-    square = batch(6, 6)
+    square = batch(6, 6, "left")
 
     def run(dense: Any) -> None:
         pruned = ppgraph.transform(dense, **OPTIONS)
         for inputs in (square, *BATCHES[:3]):
             logits = pruned(**inputs, use_cache=False).logits
             expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
-            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            real = inputs["attention_mask"].bool()
             assert relative(logits[real], expected[real]) < 1e-5
 
     # `masked` hooks the dense model, so each thread has one of its own to compare with.
-    at_once([lambda dense=dense: run(dense) for dense in (first, second, llama(2), llama(4, seed=1))])
+    models = (llama(2, layers=1), llama(4, layers=1, seed=1))
+    at_once([lambda dense=dense: run(dense) for dense in models])
 
 
 @pytest.mark.parametrize("doing", ["save", "deepcopy"])
@@ -115,7 +115,7 @@ def test_a_history_is_taken_between_two_calls_and_not_within_one(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls hold the history's lock, and so do these: a save once took what a running call had moved so far."""
-    pruned = ppgraph.transform(llama(2), **OPTIONS)
+    pruned = ppgraph.transform(llama(2, layers=1), **OPTIONS)
     pruned(**BATCHES[0], use_cache=False)
     history, held = pruned.ppgraph.history, []
     assert pruned.ppgraph.runtime.lock is history.lock

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from tests.fuzzing import Case, Discarded, cases, check, repro
 from tests.reliability import record
 
-CASES_A_CHUNK = 10
+CASES_A_CHUNK = 4
 
 
 class Chunk:

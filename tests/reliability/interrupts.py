@@ -26,7 +26,7 @@ from tests.reference import masked_dense_logits
 from tests.reliability import record
 from tests.test_exactness import SIZES, batch, llama, relative
 
-OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", "history_momentum": 0.5, **SIZES}
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", "history_momentum": 0.5, **SIZES, "skip_layers": 0}
 # What a call runs beside torch: the graphs' own code, and ppgraph's around it.
 TRACED = ("<eval_with_key>", "ppgraph/runtime.py", "ppgraph/state.py", "ppgraph/transform.py", "ppgraph/calibrate.py")
 
@@ -35,7 +35,7 @@ class Calls:
     """Counts the calls that come through."""
 
     def __init__(self) -> None:
-        self.model = llama(2)
+        self.model = llama(2, layers=1)
         self.pruned: Any = ppgraph.transform(self.model, **OPTIONS)
         self.inputs = batch(3, 9, "left")
 

@@ -168,7 +168,7 @@ def cases(draw: st.DrawFn, *, most_batches: int = 4, lowering: str = "eager") ->
     kind = draw(st.sampled_from(("many", "many", "many", "one", "tiny")))
     samples = {"many": st.integers(2, 6), "one": st.just(1), "tiny": st.integers(1, 2)}[kind]
     lengths = {"many": st.integers(2, 24), "one": st.integers(2, 24), "tiny": st.integers(1, 2)}[kind]
-    batches = st.lists(_batches(mask, cache, samples, lengths), min_size=1, max_size=most_batches)
+    batches = st.lists(_batches(mask, cache, samples, lengths), min_size=most_batches // 2 or 1, max_size=most_batches)
     calibration = st.lists(_batches(mask, "none", samples, lengths), max_size=2) if draw(st.booleans()) else st.just([])
     dtypes = ("float64",) if name in FIXED else ("float32", "float32", "float64", "bfloat16", "float16")
     return Case(

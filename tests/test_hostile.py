@@ -155,11 +155,11 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
 
 @pytest.mark.parametrize("off", ["variable", "setting", "stance", "dispatch mode"])
 def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch.compile is switched off, or does nothing. With the variable it once ran dense without a word."""
-    around: dict[str, Any] = {
-        "setting": torch._dynamo.config.patch(disable=True),
-        "stance": torch.compiler.set_stance("force_eager"),
-        "dispatch mode": FlopCounterMode(display=False),
+    """Where torch.compile is switched off, or does nothing. By variable and by stance it once ran dense silently."""
+    around: dict[str, Callable[[], Any]] = {
+        "setting": lambda: torch._dynamo.config.patch(disable=True),
+        "stance": lambda: torch.compiler.set_stance("force_eager"),  # from its construction on
+        "dispatch mode": lambda: FlopCounterMode(display=False),
     }
     message = "torch.compile switched on and no dispatch mode around it|the model ran dense"
     if off == "variable":
@@ -168,9 +168,10 @@ def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, m
     fresh = ppgraph.transform(llama(2, layers=1), **OPTIONS)
     before = state_of(warm)
     for pruned in (fresh, warm) if off != "variable" else (fresh,):
-        with around.get(off, contextlib.nullcontext()), pytest.raises(CaptureError, match=message):
+        with around.get(off, contextlib.nullcontext)(), pytest.raises(CaptureError, match=message):
             pruned(IDS, use_cache=False)
     assert state_of(warm) == before
+    monkeypatch.undo()
     warm(IDS, use_cache=False)
 
 

@@ -9,13 +9,14 @@ the masked dense model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,6 +71,16 @@ class Calls:
             raise AssertionError("the call after an interrupt is wrong")
 
 
+@contextlib.contextmanager
+def interrupts_taken() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a process that a shell runs in the background and has ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether two histories are equal to the last bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -109,7 +120,8 @@ def at_lines(action: str, lines: Iterable[int]) -> Counter[str]:
     found: Counter[str] = Counter()
     for line in lines:
         calls.set_history(before)
-        interrupted = interrupted_at(line, run)
+        with interrupts_taken():
+            interrupted = interrupted_at(line, run)
         now = calls.history()
         if interrupted is None:
             break
@@ -136,7 +148,8 @@ def in_compilation(count: int, numbers: random.Random) -> Counter[str]:
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
         signal.setitimer(signal.ITIMER_REAL, numbers.uniform(0.01, 0.9) * whole)
         try:
-            calls.forward()
+            with interrupts_taken():
+                calls.forward()
             found["came too late"] += 1
         except KeyboardInterrupt:
             found["interrupted"] += 1

@@ -31,9 +31,8 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from variants import DTYPES, add_arguments, dense_model, prune_config, results, static_model
 
 import ppgraph
-from ppgraph.inspect.timing import Timing, alternate, first_calls, header, machine, write_json
+from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing, alternate, first_calls, header, machine, write_json
 
-WARM_UP_ROUNDS = 2
 # The name of the model's argument has changed with transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 

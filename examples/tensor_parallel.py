@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import ppgraph
-from ppgraph.inspect.timing import alternate, header, machine, time_ms, timing_table
+from ppgraph.inspect.rates import once_measured
+from ppgraph.inspect.timing import WARM_UP_ROUNDS, alternate, costs_of, header, machine, time_ms, timing_table
 
-WARM_UP_ROUNDS = 2
 # A rank that waits this long for another ends with an error, and torchrun ends the others.
 TIMEOUT = timedelta(minutes=10)
 
@@ -49,11 +49,12 @@ def main(arguments: list[str]) -> None:
     timings = alternate(calls, tqdm(range(args.repeats), desc="rounds", disable=not is_first))
     kept = kept_by_rank(pruned)
     if is_first:
-        flops = pruned.ppgraph.report().to_dict()["flops"]
-        flops = {"dense": flops["dense"], "ppgraph": flops["probe"] + flops["pruned"]}
+        costs = costs_of(pruned.ppgraph.report())
+        rates = once_measured(model.device, model.dtype)
+        assert rates is not None
         print(header(machine(), model.device.type, model.dtype))
         print(f"{len(kept)} ranks, {args.batch} samples of {args.length} tokens; times and FLOPs of rank 0\n")
-        print(timing_table(timings, first_ms, flops, tokens=ids.numel()))
+        print(timing_table(timings, first_ms, costs, rates, tokens=ids.numel()))
         print(f"\nchannels kept by rank: {', '.join(map(str, kept))}")
     distributed.destroy_process_group()
 

@@ -245,8 +245,8 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
         probe = plan_probe(stream, operand, region)
     except Refusal as refusal:
         exchange = min(filter(is_collective, region), key=ancestry.index.__getitem__, default=None)
-        reason = refusal if exchange is None else Refusal(exchange, EXCHANGED)
-        return replace(site, reason=str(reason), refused=True), None
+        reason = str(refusal if exchange is None else Refusal(exchange, EXCHANGED))
+        return replace(site, reason=reason, refused=True), None
     entry = [
         name for linear in narrowing.entries for name in _names(program, linear, weight_parameter(program, linear))
     ]

@@ -20,7 +20,12 @@ import torch._dynamo.config
 import torch.fx.experimental._config as _symbolic_config
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    ShortenTraceback,
+    TensorifyScalarRestartAnalysis,
+    TorchDynamoException,
+)
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._guards import CompileContext, Guard, TracingContext, tracing
@@ -38,6 +43,7 @@ __all__ = [
     "ATTENTION_FLOPS_ON_CPU",
     "BackendCompilerFailed",
     "FakeTensorMode",
+    "TorchDynamoException",
     "arguments_of",
     "bounds",
     "call_on_fakes",

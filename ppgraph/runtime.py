@@ -29,6 +29,7 @@ from ppgraph.errors import (
 )
 from ppgraph.inspect import rates as device_rates
 from ppgraph.inspect.dump import observers
+from ppgraph.interrupts import interrupts_held_back
 from ppgraph.lowering import Compiled, lower
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
@@ -93,17 +94,22 @@ class Selection:
 
 @dataclass
 class Call:
-    """What a graph's inputs don't say about the call: positions already in the cache, and the selection to reuse."""
+    """What a graph's inputs don't say about the call: positions already in the cache, and the selection to reuse.
+
+    `ran` tells afterwards that a rewritten graph ran it.
+    """
 
     start: int = 0
     selection: Selection | None = None
+    ran: bool = False
 
 
 @dataclass
 class Runtime:
     """Everything that the graphs of one pruned model share.
 
-    `lock` is held during a call: threads on one model take turns, and the history moves in the order of their calls.
+    The history's lock is held during a call: threads on one model take turns, and the history moves in the order of
+    their calls.
     """
 
     config: PruneConfig
@@ -120,11 +126,15 @@ class Runtime:
         require_consistent(self.config)
         self.history = History(self.config)
         self.statistics = SelectionStatistics()
-        self.lock = threading.RLock()
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
         self._smallest_batch: float = math.inf  # tokens of the smallest one looked at; 0 once a warning is out
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What a call holds: nobody else moves, saves or loads the history meanwhile."""
+        return self.history.lock
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The same state for a copied model; its graphs are compiled anew."""
@@ -415,10 +425,12 @@ class GraphRunner:
                 "captured before that; call torch.compiler.reset(), then the model again"
             )
         samples, length = (size(inputs) for size in self._batch)
-        if any(item.role in ("history", "seen") for item in self._state_inputs):
-            runtime.history.reserve(runtime.call.start + length)
-        outputs = self._lowered(*self._with_states(inputs, length))
-        self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
+        runtime.call.ran = True
+        with interrupts_held_back():  # the graph moves one site's history after the other
+            if any(item.role in ("history", "seen") for item in self._state_inputs):
+                runtime.history.reserve(runtime.call.start + length)
+            outputs = self._lowered(*self._with_states(inputs, length))
+            self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
         if self._phase == "prefill" and self._weights:
             runtime.warn_below_break_even(samples, length, inputs[next(iter(self._weights.values()))[0]])
         return outputs[: self._outputs]

@@ -6,11 +6,13 @@ It is no part of `state_dict`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from ppgraph.config import PruneConfig
 from ppgraph.errors import HistoryError, UnsupportedModelError
+from ppgraph.interrupts import interrupts_held_back
 from ppgraph.methods import OBSERVATIONS
 from ppgraph.passes.base import Site
 from ppgraph.sharding import Share
@@ -39,7 +42,7 @@ class History:
     all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them; where
     tensor parallelism spreads a model over ranks, those of all ranks together, while C are this rank's channels. `seen`
     [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with the
-    longest batch so far, not with the model's context.
+    longest batch so far, not with the model's context. `lock` is held by whatever reads or changes all of it.
     """
 
     def __init__(self, config: PruneConfig) -> None:
@@ -52,6 +55,20 @@ class History:
         self._values: dict[str, dict[str, torch.Tensor]] = {}
         self.allocation: dict[str, int] | None = None
         self._seen = torch.zeros(0)
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> History:
+        """The same contents, under a lock of its own."""
+        made = type(self).__new__(type(self))
+        with self.lock:
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def __repr__(self) -> str:
         return f"History({len(self._widths)} sites, {self.positions} positions, {self.nbytes / 2**20:.1f} MiB)"
@@ -158,12 +175,13 @@ class History:
 
     def reset(self) -> None:
         """Forget everything; memory is freed. What calibration decided about widths stays."""
-        for name, width in self._widths.items():
-            self._values[name] = {tensor: self._zeros(0, width, self._seen.device) for tensor in self._tensors}
-            self._moments[name] = {
-                moment: self._zeros(width, width, self._seen.device) for moment in self._moment_names
-            }
-        self._seen = self._zeros_like_seen(0)
+        with self.lock, interrupts_held_back():
+            for name, width in self._widths.items():
+                self._values[name] = {tensor: self._zeros(0, width, self._seen.device) for tensor in self._tensors}
+                self._moments[name] = {
+                    moment: self._zeros(width, width, self._seen.device) for moment in self._moment_names
+                }
+            self._seen = self._zeros_like_seen(0)
 
     def average(self, group: ProcessGroup | None = None) -> None:
         """Let data-parallel replicas learn from each other: afterwards each holds the mean of what all have observed.
@@ -218,20 +236,22 @@ class History:
         The JSON names the safetensors file and is replaced last, in one step: an interrupted save leaves the old
         history whole.
 
-        Where tensor parallelism spreads a model over ranks, every rank calls this: the channels of all are gathered,
-        and the first rank writes one history, which loads under any number of ranks.
+        Calls of the model, from other threads, wait until it is written. Where tensor parallelism spreads a model over
+        ranks, every rank calls this: the channels of all are gathered, and the first rank writes one history, which
+        loads under any number of ranks.
 
         Raises:
             HistoryError: the folder cannot be made or written to.
         """
-        tensors = {key: self._whole(site, self._values[site][tensor]) for key, site, tensor in self._keys()}
-        tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
-        write = functools.partial(self._write, folder, {**tensors, "seen": self._seen})
-        share = next(iter(self._shares.values()), None)
-        if share is None:
-            write()
-        else:
-            share.on_first_rank(write)
+        with self.lock:
+            tensors = {key: self._whole(site, self._values[site][tensor]) for key, site, tensor in self._keys()}
+            tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
+            write = functools.partial(self._write, folder, {**tensors, "seen": self._seen})
+            share = next(iter(self._shares.values()), None)
+            if share is None:
+                write()
+            else:
+                share.on_first_rank(write)
 
     def _whole(self, site: str, value: torch.Tensor) -> torch.Tensor:
         return self._shares[site].whole(value) if site in self._shares else value.contiguous()
@@ -254,8 +274,10 @@ class History:
         target.mkdir(parents=True, exist_ok=True)
         handle, data = tempfile.mkstemp(dir=target, prefix="history-", suffix=".safetensors")
         os.close(handle)
+        replaced = False
         try:
             save_file(dict(tensors), data)
+            _flush(Path(data))
             index = {
                 "format": FORMAT,
                 "data": Path(data).name,
@@ -267,10 +289,15 @@ class History:
                 "allocation": self.allocation,
                 "positions": self.positions,
             }
-            _replace_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+            index["index_sha256"] = index_digest(index)
+            with interrupts_held_back():  # from here on the new data is needed
+                _replace_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+                replaced = True
         except BaseException:
-            Path(data).unlink(missing_ok=True)
+            if not replaced:
+                Path(data).unlink(missing_ok=True)
             raise
+        _flush(target)
         for old in target.glob("history-*.safetensors"):
             if old.name != Path(data).name:
                 old.unlink(missing_ok=True)
@@ -288,6 +315,10 @@ class History:
         index = _read_index(source)
         self._require_same_sites(index)
         values = _read_tensors(source / index["data"], index)
+        with self.lock, interrupts_held_back():
+            self._take(index, values)
+
+    def _take(self, index: Mapping[str, Any], values: Mapping[str, torch.Tensor]) -> None:
         device = self._seen.device
         self._seen = values["seen"].to(device)
         widths = {site: len(share.channels) for site, share in self._shares.items()}
@@ -351,6 +382,21 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def index_digest(index: Mapping[str, Any]) -> str:
+    """The sha256 of all that `ppgraph.json` says, but for itself."""
+    said = {key: value for key, value in index.items() if key != "index_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before what comes next: a power cut must find them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _replace_text(path: Path, text: str) -> None:
     """Replace a file's contents in one step."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -382,6 +428,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         "tensors": list,
         "moments": list,
         "positions": int,
+        "index_sha256": str,
     }
     if not isinstance(index, dict):
         raise HistoryError(f"{path} is damaged: expected an object with {', '.join(expected)}")
@@ -390,6 +437,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     for key, kind in expected.items():
         if type(index.get(key)) is not kind:  # a bool is no whole number here
             raise HistoryError(f"{path} is damaged: expected {key} ({kind.__name__}), found {index.get(key)!r}")
+    if index_digest(index) != index["index_sha256"]:
+        raise HistoryError(f"{path} is damaged: it is not what was saved (sha256 differs); save the history again")
     _require_allocation(path, index)
     if Path(index["data"]).name != index["data"] or index["data"] in ("", ".."):
         raise HistoryError(f"{path} names data outside of its folder: {index['data']!r}")

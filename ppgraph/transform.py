@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import re
+import textwrap
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -57,6 +60,12 @@ class Pruning:
     def is_for(self, model: nn.Module) -> bool:
         """Whether this belongs to `model` (and did not come along with a shallow copy of another one)."""
         return self._model is model
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedModelError(
+            "a pruned model can't be pickled (by torch.save or a process pool): its graphs are compiled code. Save the "
+            "weights with save_pretrained or state_dict and the history with .ppgraph.history.save(folder)"
+        )
 
     @property
     def config(self) -> PruneConfig:
@@ -175,15 +184,38 @@ class Pruning:
         """Call the model's compiled forward of a phase."""
         with self.runtime.lock:
             self._follow_allocation()
-            self.runtime.call = call or Call()
+            call = self.runtime.call = call or Call()
             # Graphs of prompts may disagree on what can be pruned; a step needs a graph for what its prompt pruned.
             key = (phase, self.runtime.selection_to_reuse().sites if phase == "reuse" else frozenset())
             if key not in self._compiled:
                 self._compiled[key] = compiled_forward(self._dense_forward(), self.runtime, phase)
             if asks_for_outputs(self._model, arguments):
                 install_output_hooks(self._model)
-            with torch.no_grad(), _torch.dynamo_settings():
-                return self._compiled[key](**arguments)
+            with torch.no_grad(), _torch.dynamo_settings(), self._capture_errors(call):
+                output = self._compiled[key](**arguments)
+            if not call.ran:
+                raise CaptureError(
+                    "the model ran dense, for torch.compile is switched off here (TORCHDYNAMO_DISABLE, "
+                    "torch.compiler.set_stance, torch._dynamo.config.disable); a pruned forward needs it, also with "
+                    'lowering="eager"'
+                )
+            return output
+
+    @contextlib.contextmanager
+    def _capture_errors(self, call: Call) -> Iterator[None]:
+        """Say in ppgraph's words that the model's own forward failed, or did not become a graph."""
+        try:
+            yield
+        except PPGraphError:
+            raise
+        except (_torch.TorchDynamoException, RuntimeError) as error:
+            if call.ran or not (type(error) is RuntimeError or isinstance(error, _torch.TorchDynamoException)):
+                raise  # of the graph itself, such as a lack of memory
+            raise CaptureError(
+                f"expected inputs that the dense {type(self._model).__name__} takes, torch.compile switched on and no "
+                f"dispatch mode around it, to capture its forward as one graph; found: {_reason(error)}. Nothing has "
+                "changed: does the dense model take this call?"
+            ) from error
 
     def _dense_forward(self) -> Callable[..., Any]:
         return types.MethodType(type(self._model).forward, self._model)
@@ -249,6 +281,7 @@ class PrunedForward:
 
     def __init__(self, model: nn.Module, pruning: Pruning) -> None:
         self.model, self.pruning = model, pruning
+        self.positions = learned_positions(model)
         dense = inspect.signature(type(model).forward)
         self.__signature__ = dense.replace(parameters=list(dense.parameters.values())[1:])
 
@@ -259,7 +292,16 @@ class PrunedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(self.__signature__, args, kwargs)
         check_inputs(self.model, arguments)
+        if self.positions is not None:
+            require_known_positions(self.positions, arguments)
         return self.pruning.forward(arguments)
+
+
+def _reason(error: Exception) -> str:
+    """What Dynamo's long texts come down to: the error within, or the first line."""
+    text = str(error)
+    within = re.search(r"got (\w+\(.*)", text)
+    return textwrap.shorten(within.group(1) if within else text.splitlines()[0], 300, placeholder=" ...")
 
 
 def is_step(arguments: Mapping[str, Any]) -> bool:
@@ -290,10 +332,17 @@ def tokens_of(arguments: Mapping[str, Any]) -> int:
 def _first_position(arguments: Mapping[str, Any], cached: int) -> int:
     """The position of the first new token: cached columns, without those that are padding in every sample."""
     mask = arguments.get("attention_mask")
-    if not cached or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return cached
-    first_real = (mask != 0).int().argmax(dim=1).min()
-    return max(cached - int(first_real), 0)
+    masks = mask.values() if isinstance(mask, Mapping) else [mask]
+    # A mask of fewer keys is that of a sliding cache, and says nothing of the first columns.
+    whole = [one for one in masks if isinstance(one, torch.Tensor) and one.shape[-1] > cached]
+    return max(cached - min(map(_first_seen, whole), default=0), 0) if cached else 0
+
+
+def _first_seen(mask: torch.Tensor) -> int:
+    """The first column that a mask [B, keys], or [B, heads, S, keys], shows in any sample."""
+    hides = 0 if mask.dim() == 2 or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+    seen = mask != 0 if hides == 0 else mask > hides
+    return int(seen.flatten(0, -2).any(dim=0).int().argmax())
 
 
 def _items(output: Any) -> Iterable[Any]:
@@ -341,14 +390,44 @@ def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         if name in ON_DEVICE and isinstance(value, torch.Tensor) and value.device != home:
             raise InputError(f"{name} is on {value.device}, but the model on {home}: move one to the other")
     tokens = _tokens(arguments)
+    if tokens.dim() == 3:
+        _require_fitting_embeddings(tokens, model)
     mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor):
-        _require_mask(mask, *tokens.shape[:2])
+    for one in mask.values() if isinstance(mask, Mapping) else [mask]:
+        _require_mask(one, *tokens.shape[:2])
     if tokens.dim() == 2 and tokens.shape[1] > 1:  # steps of decoding are not held up by a look at their values
         _require_known_ids(tokens, model)
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """The positions that a model has learned vectors for; None where it computes positions, or has none.
+
+    A table of them has a row for each position of the context, and in some families two more.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tokens = input_embedding(model)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+    known = any(isinstance(limit, int) and limit <= table.num_embeddings <= limit + 2 for table in tables)
+    return limit if known else None
+
+
+def require_known_positions(positions: int, arguments: Mapping[str, Any]) -> None:
+    """Refuse more tokens than a model has learned positions for: reading beyond its table ends a GPU's process.
+
+    Raises:
+        InputError: there are more, those in a cache included.
+    """
+    cache = cache_of(arguments.values())
+    total = tokens_of(arguments) + (int(cache.get_seq_length()) if cache is not None else 0)
+    if total > positions:
+        raise InputError(f"{total} tokens are longer than the model's context: it has learned {positions} positions")
+
+
 ON_DEVICE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+# What torch's embedding takes.
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -359,18 +438,37 @@ def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
     name, tokens = given[0], arguments[given[0]]
     is_ids = name == "input_ids"
     is_tensor = isinstance(tokens, torch.Tensor)
-    if not is_tensor or tokens.dim() != (2 if is_ids else 3) or tokens.is_floating_point() == is_ids:
+    fits = is_tensor and (tokens.dtype in ID_DTYPES if is_ids else tokens.is_floating_point())
+    if not fits or tokens.dim() != (2 if is_ids else 3):
         found = f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else type(tokens).__name__
         expected = "whole numbers [samples, tokens]" if is_ids else "numbers [samples, tokens, hidden]"
+        expected += " (int64 or int32)" if is_ids else ""
         raise InputError(f"expected {name} as a tensor of {expected}, found {found}")
     if tokens.numel() == 0:
         raise InputError(f"a batch without tokens: {name} has shape {list(tokens.shape)}")
     return tokens  # type: ignore[no-any-return]
 
 
-def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
+def _require_fitting_embeddings(embeddings: torch.Tensor, model: nn.Module) -> None:
+    table = input_embedding(model)
+    if table is None or torch.is_autocast_enabled(embeddings.device.type):
+        return
+    weight = table.weight
+    if embeddings.dtype != weight.dtype or embeddings.shape[2] != weight.shape[1]:
+        raise InputError(
+            f"expected inputs_embeds as the model embeds its tokens, {weight.dtype} with {weight.shape[1]} numbers a "
+            f"token; found {embeddings.dtype} with {embeddings.shape[2]}"
+        )
+
+
+def _require_mask(mask: object, samples: int, length: int) -> None:
     """A mask by token [B, cached + S] in which every sample has a real token, or one by query and key."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"expected attention_mask as a tensor, found {type(mask).__name__}")
     if mask.dim() == 4:
+        _require_mask_by_query(mask, samples, length)
         return
     if mask.dim() != 2 or mask.shape[0] != samples or mask.shape[1] < length:
         raise InputError(
@@ -382,6 +480,20 @@ def _require_mask(mask: torch.Tensor, samples: int, length: int) -> None:
     empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token")
+
+
+def _require_mask_by_query(mask: torch.Tensor, samples: int, length: int) -> None:
+    """A mask [B, heads, S, keys] of booleans, or of numbers that are added to scores."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            "expected a 4-dimensional attention_mask of booleans (True where a token is seen), or of numbers that are "
+            f"added to scores; found {mask.dtype}: use mask.bool()"
+        )
+    if mask.shape[0] not in (1, samples) or mask.shape[2] != length or mask.shape[3] < length:
+        raise InputError(
+            f"expected an attention_mask [samples, heads, tokens, keys] for {samples} samples of {length} tokens, "
+            f"found {list(mask.shape)}"
+        )
 
 
 def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:

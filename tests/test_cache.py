@@ -202,3 +202,27 @@ def test_padding_never_counts_whatever_masks_generate_makes(family: str) -> None
         histories.append({name: history[name][:PROMPT] for name in history})
     assert_same(*chosen)
     torch.testing.assert_close(histories[1], histories[0], rtol=1e-4, atol=1e-6)
+
+
+def by_query(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """A mask by token [B, keys] as one by query and key [B, 1, length, keys], of the last `length` tokens."""
+    keys = mask.shape[1]
+    return torch.ones(keys, keys, dtype=torch.bool).tril()[-length:] & mask.bool()[:, None, None]
+
+
+def test_a_later_turn_has_the_same_positions_by_either_kind_of_mask() -> None:
+    """Columns that are padding in every sample don't count; once they did where the mask was one by query and key."""
+    dense, histories = model(2), []
+    ids = prompts(3, PROMPT + TURN, padded=False)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    for is_4d in (False, True):
+        pruned = ppgraph.transform(dense, **OPTIONS)
+        cache = empty_cache("dynamic", dense)
+        for start, end in ((0, PROMPT), (PROMPT, PROMPT + TURN)):
+            seen = by_query(mask[:, :end], end - start) if is_4d and start else mask[:, :end]
+            pruned(ids[:, start:end], attention_mask=seen, **cached(cache))
+        history = pruned.ppgraph.history
+        histories.append({name: history[name] for name in history})
+    torch.testing.assert_close(histories[1], histories[0], rtol=1e-4, atol=1e-6)
+    assert not any(values[PROMPT + TURN - 2 :].any() for values in histories[0].values())

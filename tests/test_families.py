@@ -72,12 +72,13 @@ class Family:
     refused: dict[str, str] = field(default_factory=dict)
     thorough: bool = False
 
-    def model(self, implementation: str) -> nn.Module:
+    def model(self, implementation: str, *, seed: int = 0, sizes: Mapping[str, Any] | None = None) -> nn.Module:
+        """A random model; `sizes` replace some of `SIZES`."""
         defaults = AutoConfig.for_model(self.model_type)
         known = defaults.to_dict().keys() | defaults.attribute_map.keys()
-        sizes = {key: size for key, size in SIZES.items() if key in known}
-        config = AutoConfig.for_model(self.model_type, **{**sizes, **SPECIAL_TOKENS, **self.options})
-        torch.manual_seed(0)
+        taken = {key: size for key, size in {**SIZES, **(sizes or {})}.items() if key in known}
+        config = AutoConfig.for_model(self.model_type, **{**taken, **SPECIAL_TOKENS, **self.options})
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms too, which begin as 0 and 1

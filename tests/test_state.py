@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def test_a_deep_copy_is_independent() -> None:
     copied = copy.deepcopy(held)
     fill(copied, 1)
     assert not same(contents(held), contents(copied))
+
+
+def test_a_history_can_be_sent_to_another_process() -> None:
+    held = history(5)
+    assert same(contents(pickle.loads(pickle.dumps(held))), contents(held))  # noqa: S301
 
 
 def test_it_is_fp32_and_no_part_of_the_state_dict() -> None:
@@ -249,8 +255,11 @@ Damage = Callable[[Path, Path], None]
 
 
 def edit(**changes: Any) -> Damage:
+    """Another index, with a digest that fits."""
+
     def damage(index: Path, data: Path) -> None:
-        index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+        changed = json.loads(index.read_text()) | changes
+        index.write_text(json.dumps(changed | {"index_sha256": state.index_digest(changed)}))
 
     return damage
 
@@ -295,6 +304,11 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         "no safetensors",
         lambda index, data: (data.write_bytes(b"x" * 99), edit(sha256=state._digest(data))(index, data)),
         "is damaged",
+    ),  # type: ignore[func-returns-value]
+    (
+        "another width",  # of an allocation or a config, which nothing else tells
+        lambda index, data: index.write_text(index.read_text().replace('"width_multiple": 64', '"width_multiple": 65')),
+        r"ppgraph.json is damaged: it is not what was saved \(sha256 differs\)",
     ),  # type: ignore[func-returns-value]
     ("later format", edit(format=99), "has format 99, this version of ppgraph reads 1"),
     ("format of a bool", edit(format=True), r"expected format \(int\), found True"),

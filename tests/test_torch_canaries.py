@@ -280,6 +280,14 @@ def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:
     assert isinstance(caught.value.inner_exception, InputError)
 
 
+def test_what_fails_in_capture_is_a_torch_dynamo_exception() -> None:
+    def product(values: torch.Tensor) -> torch.Tensor:
+        return values @ torch.ones(3, 3)
+
+    with pytest.raises(_torch.TorchDynamoException):
+        torch.compile(product, backend="eager", fullgraph=True)(torch.ones(2, 2))
+
+
 def test_compiled_with_finds_backend_and_options_behind_torch_compile() -> None:
     model = Tiny()
     settings = {"options": {"ratio": 0.4}}

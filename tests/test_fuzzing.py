@@ -1,0 +1,76 @@
+"""A short profile of the fuzzer, always the same cases; `tests/reliability/fuzz.py` runs thousands of others."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, reject, settings
+
+from tests import fuzzing
+from tests.fuzzing import Batch, Case, Discarded, cases, check
+
+
+@pytest.mark.filterwarnings("ignore")  # of families' own code, which differs from family to family
+@settings(
+    max_examples=3,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # a failure prints its case; tests/reliability/fuzz.py shrinks
+    suppress_health_check=list(HealthCheck),
+)
+@given(case=cases(most_batches=3))
+def test_random_cases_equal_the_masked_dense_model(case: Case) -> None:
+    try:
+        check(case)
+    except Discarded:
+        reject()
+
+
+CASE = Case("llama", (Batch(3, 9, "left"), Batch(2, 12, "right", 1)), {"skip_layers": 0, "width_multiple": 8})
+
+
+def test_a_case_prints_as_the_program_that_runs_it() -> None:
+    assert repr(CASE) == (
+        "Case(family='llama', batches=(Batch(samples=3, length=9, padding='left'), "
+        "Batch(length=12, padding='right', seed=1)), config={'skip_layers': 0, 'width_multiple': 8})"
+    )
+    assert eval(repr(CASE), {"Case": Case, "Batch": Batch}) == CASE  # noqa: S307
+    assert repr(CASE) in fuzzing.repro(CASE)
+
+
+@pytest.mark.parametrize("wrong", ["logits", "history", "selection"])
+def test_what_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge can fail: by a logit, a number of the history, and a choice that differ."""
+    judge = fuzzing.Judge(CASE)
+    call = fuzzing.Judge._call
+
+    def tampered(self: fuzzing.Judge, model: object, inputs: dict[str, torch.Tensor], cache: object) -> torch.Tensor:
+        logits = call(self, model, inputs, cache)
+        if model is self.pruned and wrong == "logits":
+            logits[-1, -1, 5] += 0.01
+        elif model is self.pruned and wrong == "history":
+            self.pruned.ppgraph.history["model.layers.1.mlp"][3] *= 1.01
+        elif model is self.pruned:
+            kept = self.pruned.ppgraph.runtime.selection.channels["model.layers.1.mlp"]
+            kept[0] = (kept[0] + 1) % 96
+        return logits
+
+    monkeypatch.setattr(fuzzing.Judge, "_call", tampered)
+    with pytest.raises(AssertionError, match={"logits": "logits are off", "history": "history of"}.get(wrong, "")):
+        judge.run(CASE.batches[0])
+
+
+def test_every_field_of_the_config_is_drawn() -> None:
+    drawn: set[str] = set()
+
+    @settings(max_examples=100, derandomize=True, database=None, phases=[Phase.generate])
+    @given(config=fuzzing.configs(3))
+    def draw(config: dict[str, object]) -> None:
+        drawn.update(config)
+
+    with warnings.catch_warnings():
+        draw()
+    assert drawn >= {field for field in fuzzing.ppgraph.config.field_names() if field != "strict"}

@@ -129,7 +129,7 @@ class Runtime:
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
 
     @property
-    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+    def lock(self) -> threading.RLock:
         """What a call holds: nobody else moves, saves or loads the history meanwhile."""
         return self.history.lock
 

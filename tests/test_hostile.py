@@ -167,7 +167,8 @@ def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, m
         message = "the model ran dense"
     fresh = ppgraph.transform(llama(2, layers=1), **OPTIONS)
     before = state_of(warm)
-    for pruned in (fresh, warm) if off != "variable" else (fresh,):
+    # What was captured before goes on where it is only for later captures that torch.compile is off.
+    for pruned in (fresh, warm) if off in ("stance", "dispatch mode") else (fresh,):
         with around.get(off, contextlib.nullcontext)(), pytest.raises(CaptureError, match=message):
             pruned(IDS, use_cache=False)
     assert state_of(warm) == before

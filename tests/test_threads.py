@@ -39,8 +39,9 @@ def logits_of(pruned: Any, inputs: dict[str, Tensor], rounds: int = ROUNDS) -> l
     return [pruned(**inputs, use_cache=False).logits for _ in range(rounds)]
 
 
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def require_close(found: Any, expected: Any) -> None:
+    """To rounding: torch's number of threads, which orders its additions, is another in the main thread."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
@@ -50,7 +51,7 @@ def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
     expected = [logits_of(alone, inputs) for inputs in BATCHES]
     shared = ppgraph.transform(model, statistics="probe", **OPTIONS)
     found = at_once([lambda inputs=inputs: logits_of(shared, inputs) for inputs in BATCHES])
-    assert all(map(equal, found, expected))
+    require_close(found, expected)
     assert len(shared.ppgraph.graphs) == 1
 
 
@@ -79,7 +80,7 @@ def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
     for thread in order:
         again(**BATCHES[threads.index(thread)], use_cache=False)
     held, expected = pruned.ppgraph.history, again.ppgraph.history
-    assert all(torch.equal(held[name], expected[name]) for name in expected)
+    require_close({name: held[name] for name in held}, {name: expected[name] for name in expected})
 
 
 def test_threads_that_generate_keep_to_their_own_prompts() -> None:

@@ -1,7 +1,9 @@
 """How much each block's units matter to the model's own loss: what allocations decide by.
 
-**Measured**: the loss of a dense pass in which one block alone goes without its least important units, over the loss of
-the whole model. A few widths of each block are measured, a forward pass each; between them the loss goes up in a line.
+**Measured**: how far the predictions of a dense pass in which one block alone goes without its least important units
+diverge from those of the whole model (Kullback-Leibler). That is the loss to be expected where the model's predictions
+are right, it is never negative, and a few hundred tokens tell it: their own next tokens would add much noise. A few
+widths of each block are measured, a forward pass each; between them the loss goes up in a line.
 
 **Estimated**: with y the channels that enter an exit linear W and G the gradient of a token's loss at its output,
 dropping channels changes the loss by about half the square of the sum of y·(W·G) over them (the Fisher approximation of
@@ -28,7 +30,8 @@ from ppgraph.passes import Site
 
 # Tokens that losses are estimated on. More change the allocation little and cost a backward pass each.
 LOSS_TOKENS = 2048
-# Tokens that losses are measured on: each width of each block costs a forward pass over them.
+# Tokens that losses are measured on: each width of each block costs a forward pass over them, and their predictions are
+# held, in fp32.
 MEASURED_TOKENS = 512
 # The shares of a block's units whose absence is measured.
 MEASURED_SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -70,14 +73,15 @@ def measured_losses(
 
     Returns:
         {site name: [levels + 1] fp32}: nats a token after 0, 1, 2, ... steps of units; a width that was not measured
-        lies on the line between those that were. A site may gain by what it loses: then it is negative.
+        lies on the line between those that were.
 
     Raises:
         InputError: no samples with token ids.
         MethodError: an exit linear does not run as a module.
     """
     _require_samples(samples)
-    dense = _mean_loss(forward, samples)
+    measured = _first_tokens(samples, MEASURED_TOKENS)
+    dense = [_predictions(forward, sample) for sample in measured]
     found = {}
     for name in tqdm(orders, desc="measuring losses", unit="block", disable=not progress):
         site, order, step = orders[name]
@@ -86,7 +90,7 @@ def measured_losses(
         losses = [0.0]
         for level in levels:
             with _without(model, site, order[: level * step]):
-                losses.append(_mean_loss(forward, samples) - dense)
+                losses.append(_divergence(dense, [_predictions(forward, sample) for sample in measured]))
         found[name] = _line_through([0, *levels], losses)
     return found
 
@@ -119,16 +123,24 @@ def _without(model: nn.Module, site: Site, units: Tensor) -> Iterator[None]:
         raise _no_module(site.name)
 
 
-def _mean_loss(forward: Callable[..., Any], samples: Sequence[Mapping[str, Any]]) -> float:
-    """Nats a token of the first `MEASURED_TOKENS` tokens of the samples, or of all."""
-    total, predictions, tokens = 0.0, 0, 0
+def _first_tokens(samples: Sequence[Mapping[str, Any]], tokens: int) -> Sequence[Mapping[str, Any]]:
+    """The fewest first samples that hold so many tokens, or all."""
+    held = itertools.accumulate((sample["input_ids"].numel() for sample in samples), initial=0)
+    return [sample for sample, before in zip(samples, held, strict=False) if before < tokens]
+
+
+def _predictions(forward: Callable[..., Any], sample: Mapping[str, Any]) -> Tensor:
+    """Log-probabilities [T, V] fp32 of the next token after each real one."""
     with torch.no_grad():
-        for sample in samples:
-            if tokens >= MEASURED_TOKENS:
-                break
-            loss, count = _loss(forward(**sample, use_cache=False).logits, sample)
-            total, predictions, tokens = total + float(loss), predictions + count, tokens + sample["input_ids"].numel()
-    return total / max(predictions, 1)
+        logits = forward(**sample, use_cache=False).logits[_real(sample)]
+    return functional.log_softmax(logits.float(), dim=-1)
+
+
+def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
+    """Mean Kullback-Leibler divergence of pruned from dense predictions, in nats a token."""
+    pairs = zip(pruned, dense, strict=True)
+    total = sum(float(functional.kl_div(*pair, reduction="sum", log_target=True)) for pair in pairs)
+    return total / sum(map(len, dense))
 
 
 def expected_losses(
@@ -247,8 +259,12 @@ def _hooks(
 
 def _loss(logits: Tensor, sample: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of the sample's real tokens, and how many predictions that is."""
-    ids = sample["input_ids"]
-    mask = sample.get("attention_mask")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    ids, real = sample["input_ids"], _real(sample)
     both = real[:, 1:] & real[:, :-1]
     return functional.cross_entropy(logits[:, :-1][both].float(), ids[:, 1:][both], reduction="sum"), int(both.sum())
+
+
+def _real(sample: Mapping[str, Any]) -> Tensor:
+    """Which tokens are no padding, [B, S] bool."""
+    mask = sample.get("attention_mask")
+    return torch.ones_like(sample["input_ids"], dtype=torch.bool) if mask is None else mask.bool()

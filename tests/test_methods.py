@@ -368,8 +368,9 @@ def test_expected_losses_are_those_of_gates_on_the_channels() -> None:
         model.zero_grad()
 
 
-def nats(logits: Tensor, ids: Tensor) -> float:
-    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+def divergence(logits: Tensor, dense: Tensor) -> float:
+    there, here = dense.flatten(0, 1).softmax(1), logits.detach().flatten(0, 1).softmax(1)
+    return float((there * (there / here).log()).sum(1).mean())
 
 
 def test_measured_losses_are_those_of_the_masked_model() -> None:
@@ -378,7 +379,7 @@ def test_measured_losses_are_those_of_the_masked_model() -> None:
     sites = [site for site in pruned.ppgraph.sites if site.candidate]
     orders = {site.name: (site, torch.randperm(site.units), 8 if site.kind == "mlp" else 1) for site in sites}
     found = measured_losses(model, model, orders, [{"input_ids": row[None]} for row in ids], progress=False)
-    dense = nats(model(ids).logits, ids)
+    dense = model(ids).logits.detach()
     for site in sites:
         _, order, step = orders[site.name]
         losses = found[site.name]
@@ -387,24 +388,38 @@ def test_measured_losses_are_those_of_the_masked_model() -> None:
             gone = quarter * site.units // 4
             units = order[gone:].sort().values
             kept = (units[:, None] * site.block + torch.arange(site.block)).flatten()
-            expected = nats(masked_dense_logits(model, {site.name: kept}, ids), ids) - dense
-            assert float(losses[gone // step]) == pytest.approx(expected, abs=2e-6)
+            expected = divergence(masked_dense_logits(model, {site.name: kept}, ids), dense)
+            assert float(losses[gone // step]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
         between = losses[: site.units // (4 * step) + 1]  # a straight line
-        torch.testing.assert_close(between, torch.linspace(0, float(between[-1]), len(between)), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(between, torch.linspace(0, float(between[-1]), len(between)), atol=1e-7, rtol=1e-5)
+
+
+def test_padding_is_not_measured() -> None:
+    model, ids = llama(2), batch(1, 9)["input_ids"]
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="measured-loss", lowering="eager", **SIZES)
+    site = next(site for site in pruned.ppgraph.sites if site.candidate)
+    orders = {site.name: (site, torch.arange(site.units), 1)}
+    padded = {
+        "input_ids": functional.pad(ids, (0, 3)),
+        "attention_mask": functional.pad(torch.ones_like(ids), (0, 3)),
+    }
+    alone, beside = (
+        measured_losses(model, model, orders, [sample], progress=False)[site.name]
+        for sample in ({"input_ids": ids}, padded)
+    )
+    assert float(alone[-1]) > 0
+    torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-7)
 
 
 def test_an_interrupted_measurement_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = llama(2), batch(2, 9)["input_ids"]
-    before, calls = model(ids).logits, []
+    before = model(ids).logits
 
-    def interrupted(logits: Tensor, sample: Mapping[str, Any]) -> Any:
-        calls.append(logits)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return logits.sum(), 1
+    def interrupted(dense: Any, pruned: Any) -> float:
+        raise KeyboardInterrupt
 
     pruned = ppgraph.transform(model, ratio=0.4, allocation="measured-loss", lowering="eager", **SIZES)
-    monkeypatch.setattr(sensitivity, "_loss", interrupted)
+    monkeypatch.setattr(sensitivity, "_divergence", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ppgraph.calibrate(pruned, CALIBRATION, progress=False)
     assert torch.equal(model(ids).logits, before)

@@ -18,7 +18,7 @@ DECODE_MODES: Final = ("reuse", "dense", "probe")
 # Names that the fields of the same name accept. Registering a piece of one's own (ppgraph.methods) adds its name.
 KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment"}
 KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
-KNOWN_ALLOCATIONS: Final = {"uniform", "global", "least-loss", "measured-loss"}
+KNOWN_ALLOCATIONS: Final = {"uniform", "global", "least-loss"}
 KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares"}
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,8 +105,8 @@ class Candidate:
         scores: The configured score of every channel [C] fp32, from calibration alone.
         memory: The site's history {name: [positions, C]}, at the positions that calibration saw.
         step: Units that are best dropped together (`width_multiple` for an MLP, 1 for heads).
-        losses: For allocations that ask for them, the rise of the model's loss, in nats a token, when the least
-            important 0, 1, 2, ... steps of units go, estimated or measured: [levels + 1].
+        losses: For allocations that ask for them, the estimated rise of the model's loss, in nats a token, when the
+            least important 0, 1, 2, ... steps of units go: [levels + 1].
     """
 
     site: Site
@@ -127,7 +127,6 @@ class Candidate:
         return float(self.site.unit_macs + attention)
 
 
-LossKind = Literal["estimated", "measured"]
 Allocate = Callable[[Sequence[Candidate], float], Mapping[str, int]]
 
 
@@ -138,12 +137,11 @@ class Allocation:
     Attributes:
         allocate: (candidates in the model's order, ratio of each layer that is not skipped) -> {site name: units kept}.
             Sites left out keep all. MLP widths are rounded up to `width_multiple` afterwards.
-        by_loss: Whether candidates must come with `losses`: `"estimated"` takes a backward pass over some calibration
-            samples, `"measured"` a few forward passes for each site. None asks for none.
+        by_loss: Whether candidates must come with `losses`, which take a backward pass over some calibration samples.
     """
 
     allocate: Allocate
-    by_loss: LossKind | None = None
+    by_loss: bool = False
 
 
 Compensate = Callable[[Tensor, Tensor, Memory], tuple[Tensor, Tensor | None]]
@@ -221,14 +219,12 @@ def register_score(
     _register(name, Score(channels, weight_term, units), SCORES, KNOWN_SCORES)
 
 
-def register_allocation(name: str, allocate: Allocate, *, by_loss: LossKind | None = None) -> None:
+def register_allocation(name: str, allocate: Allocate, *, by_loss: bool = False) -> None:
     """Make `PruneConfig(allocation=name)` possible; the arguments are those of `Allocation`.
 
     Raises:
-        ConfigError: the name is taken or no identifier-like string, or there is no such kind of losses.
+        ConfigError: the name is taken or no identifier-like string.
     """
-    if by_loss not in (None, "estimated", "measured"):
-        raise ConfigError(f"allocation {name!r}: expected by_loss 'estimated', 'measured' or None, found {by_loss!r}")
     _register(name, Allocation(allocate, by_loss), ALLOCATIONS, KNOWN_ALLOCATIONS)
 
 
@@ -414,8 +410,7 @@ register_score(
 )
 register_score("flap", lambda f, weight_term: f * weight_term, units=lambda channels: channels.mean(1))
 register_allocation("global", _global_threshold)
-register_allocation("least-loss", _least_loss, by_loss="estimated")
-register_allocation("measured-loss", _least_loss, by_loss="measured")
+register_allocation("least-loss", _least_loss, by_loss=True)
 register_compensation("mean", _mean_output, needs=("mean",))
 register_observation(
     "second-moment",

@@ -28,7 +28,7 @@ from ppgraph.errors import (
 )
 from ppgraph.inspect.dump import observers
 from ppgraph.lowering import Compiled, lower
-from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, LossKind, require_consistent
+from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
@@ -217,7 +217,7 @@ class Runtime:
         self,
         sites: Sequence[Site],
         parameter: Callable[[str], torch.Tensor],
-        losses: Callable[[Sequence[Candidate], LossKind], Mapping[str, torch.Tensor]],
+        losses: Callable[[Sequence[Candidate]], Mapping[str, torch.Tensor]],
     ) -> None:
         """Decide what each of a model's `sites` keeps from what calibration observed; later captures follow.
 
@@ -231,8 +231,8 @@ class Runtime:
         ratio = layer_ratio(self.config, len({site.layer for site in sites}))
         candidates = [self._candidate(site, parameter(site.exit[0])) for site in sites if site.candidate]
         if allocation.by_loss:
-            self._refuse_spread_losses()
-            found = losses(candidates, allocation.by_loss)
+            self._refuse_spread_gradients()
+            found = losses(candidates)
             candidates = [replace(candidate, losses=found[candidate.site.name]) for candidate in candidates]
         self.history.allocation = dict(allocation.allocate(candidates, ratio))
 
@@ -248,11 +248,11 @@ class Runtime:
         step = self.config.width_multiple if site.kind == "mlp" else 1
         return Candidate(site, scores, memory, step)
 
-    def _refuse_spread_losses(self) -> None:
+    def _refuse_spread_gradients(self) -> None:
         if self.shares:
             raise UnsupportedModelError(
-                f"allocation={self.config.allocation!r} needs losses of the model, which ppgraph does not take "
-                f"where channels lie on several ranks, as those of {next(iter(self.shares))} are; calibrate on one "
+                f"allocation={self.config.allocation!r} needs gradients of the loss, which ppgraph does not take "
+                f"through channels on several ranks, as those of {next(iter(self.shares))} are; calibrate on one "
                 "device and load that history here, or use allocation='global'"
             )
 

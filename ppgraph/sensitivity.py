@@ -1,21 +1,12 @@
 """How much each block's units matter to the model's own loss: what allocations decide by.
 
-**Measured**: how far the predictions of a dense pass in which one block alone goes without its least important units
-diverge from those of the whole model (Kullback-Leibler). That is the loss to be expected where the model's predictions
-are right, it is never negative, and a few hundred tokens tell it: their own next tokens would add much noise. A few
-widths of each block are measured, a forward pass each; between them the loss goes up in a line.
-
-**Estimated**: with y the channels that enter an exit linear W and G the gradient of a token's loss at its output,
-dropping channels changes the loss by about half the square of the sum of y·(W·G) over them (the Fisher approximation of
-the Hessian, as in Optimal Brain Surgeon). One backward pass a sample tells this for every block and for every number of
-dropped units. It is right for a few channels and far off for blocks that lose most of their width.
+With y the channels that enter an exit linear W and G the gradient of a token's loss at its output, dropping channels
+changes the loss by about half the square of the sum of y·(W·G) over them (the Fisher approximation of the Hessian, as
+in Optimal Brain Surgeon). One backward pass a sample tells this for every block and for every number of dropped units.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,13 +21,6 @@ from ppgraph.passes import Site
 
 # Tokens that losses are estimated on. More change the allocation little and cost a backward pass each.
 LOSS_TOKENS = 2048
-# Tokens that losses are measured on: each width of each block costs a forward pass over them, and their predictions are
-# held, in fp32.
-MEASURED_TOKENS = 512
-# The shares of a block's units whose absence is measured.
-MEASURED_SHARES = (0.25, 0.5, 0.75, 1.0)
-
-Orders = Mapping[str, tuple[Site, Tensor, int]]
 
 
 def samples_for_losses(batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -54,99 +38,10 @@ def samples_for_losses(batches: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     return samples
 
 
-def measured_losses(
-    model: nn.Module,
-    forward: Callable[..., Any],
-    orders: Orders,
-    samples: Sequence[Mapping[str, Any]],
-    *,
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Measure the loss that dropping a site's least important units costs, each site on its own.
-
-    Args:
-        model: The model whose modules hold the exit linears.
-        forward: Its dense forward.
-        orders: By site name, the site, its units [U] with the least important first, and how many go at a time.
-        samples: Model inputs of one sample each, with `input_ids` [1, S].
-        progress: Show a progress bar on stderr.
-
-    Returns:
-        {site name: [levels + 1] fp32}: nats a token after 0, 1, 2, ... steps of units; a width that was not measured
-        lies on the line between those that were.
-
-    Raises:
-        InputError: no samples with token ids.
-        MethodError: an exit linear does not run as a module.
-    """
-    _require_samples(samples)
-    measured = _first_tokens(samples, MEASURED_TOKENS)
-    dense = [_predictions(forward, sample) for sample in measured]
-    found = {}
-    for name in tqdm(orders, desc="measuring losses", unit="block", disable=not progress):
-        site, order, step = orders[name]
-        steps = math.ceil(len(order) / step)
-        levels = sorted({round(share * steps) for share in MEASURED_SHARES} - {0})
-        losses = [0.0]
-        for level in levels:
-            with _without(model, site, order[: level * step]):
-                losses.append(_divergence(dense, [_predictions(forward, sample) for sample in measured]))
-        found[name] = _line_through([0, *levels], losses)
-    return found
-
-
-def _line_through(levels: Sequence[int], losses: Sequence[float]) -> Tensor:
-    """Losses at all levels from the first to the last, by straight lines between those known."""
-    parts = [torch.tensor(losses[:1])]
-    for (start, end), (low, high) in zip(itertools.pairwise(levels), itertools.pairwise(losses), strict=True):
-        parts.append(torch.linspace(low, high, end - start + 1)[1:])
-    return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def _without(model: nn.Module, site: Site, units: Tensor) -> Iterator[None]:
-    """A site's exit linear sees 0 in place of these units' channels."""
-    channels = (units.unsqueeze(1) * site.block + torch.arange(site.block, device=units.device)).flatten()
-    ran = False
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal ran
-        ran = True
-        return (args[0].index_fill(-1, channels, 0.0), *args[1:])
-
-    handle = _exit_module(model, site).register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if not ran:
-        raise _no_module(site.name)
-
-
-def _first_tokens(samples: Sequence[Mapping[str, Any]], tokens: int) -> Sequence[Mapping[str, Any]]:
-    """The fewest first samples that hold so many tokens, or all."""
-    held = itertools.accumulate((sample["input_ids"].numel() for sample in samples), initial=0)
-    return [sample for sample, before in zip(samples, held, strict=False) if before < tokens]
-
-
-def _predictions(forward: Callable[..., Any], sample: Mapping[str, Any]) -> Tensor:
-    """Log-probabilities [T, V] fp32 of the next token after each real one."""
-    with torch.no_grad():
-        logits = forward(**sample, use_cache=False).logits[_real(sample)]
-    return functional.log_softmax(logits.float(), dim=-1)
-
-
-def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
-    """Mean Kullback-Leibler divergence of pruned from dense predictions, in nats a token."""
-    pairs = zip(pruned, dense, strict=True)
-    total = sum(float(functional.kl_div(*pair, reduction="sum", log_target=True)) for pair in pairs)
-    return total / sum(map(len, dense))
-
-
 def expected_losses(
     model: nn.Module,
     forward: Callable[..., Any],
-    orders: Orders,
+    orders: Mapping[str, tuple[Site, Tensor, int]],
     samples: Sequence[Mapping[str, Any]],
     *,
     progress: bool = True,
@@ -167,7 +62,8 @@ def expected_losses(
         InputError: no samples with token ids.
         MethodError: an exit linear is no module of the model, or its forward does not run.
     """
-    _require_samples(samples)
+    if not samples:
+        raise InputError("an allocation by loss needs calibration batches with input_ids, found none")
     totals: dict[str, Tensor] = {}
     tokens = 0
     for sample in tqdm(samples, desc="estimating losses", unit="sample", disable=not progress):
@@ -180,19 +76,6 @@ def expected_losses(
             found = 0.5 * contribution[:, order].cumsum(1)[:, _levels(len(order), step)].square().sum(0)
             totals[name] = totals.get(name, 0) + found
     return {name: functional.pad(total / tokens, (1, 0)) for name, total in totals.items()}
-
-
-def _require_samples(samples: Sequence[Mapping[str, Any]]) -> None:
-    if not samples:
-        raise InputError("an allocation by loss needs calibration batches with input_ids, found none")
-
-
-def _exit_module(model: nn.Module, site: Site) -> nn.Module:
-    return model.get_submodule(site.exit[0].rpartition(".")[0])
-
-
-def _no_module(name: str) -> MethodError:
-    return MethodError(f"{name}: its exit linear does not run as a module, so its loss can't be told")
 
 
 def _levels(units: int, step: int) -> Tensor:
@@ -210,7 +93,7 @@ def _contributions(model: nn.Module, site: Site, y: Tensor, gradient: Tensor) ->
 def _activations_and_gradients(
     model: nn.Module,
     forward: Callable[..., Any],
-    orders: Orders,
+    orders: Mapping[str, tuple[Site, Tensor, int]],
     sample: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
     """One sample's exit inputs [T, C] and gradients of its summed loss at exit outputs [T, D]; predictions made."""
@@ -222,7 +105,7 @@ def _activations_and_gradients(
         loss, predictions = _loss(logits, sample)
         missing = [name for name in orders if name not in outputs]
         if missing:
-            raise _no_module(missing[0])
+            raise MethodError(f"{missing[0]}: its exit linear does not run as a module, so its loss can't be estimated")
         gradients = torch.autograd.grad(loss, list(outputs.values()))
     finally:
         for handle in handles:
@@ -236,7 +119,7 @@ def _activations_and_gradients(
 
 def _hooks(
     model: nn.Module,
-    orders: Orders,
+    orders: Mapping[str, tuple[Site, Tensor, int]],
     inputs: dict[str, Tensor],
     outputs: dict[str, Tensor],
 ) -> Iterator[Any]:
@@ -254,17 +137,13 @@ def _hooks(
         )
     yield embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for name, (site, _, _) in orders.items():
-        yield _exit_module(model, site).register_forward_hook(keep(name))
+        yield model.get_submodule(site.exit[0].rpartition(".")[0]).register_forward_hook(keep(name))
 
 
 def _loss(logits: Tensor, sample: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of the sample's real tokens, and how many predictions that is."""
-    ids, real = sample["input_ids"], _real(sample)
+    ids = sample["input_ids"]
+    mask = sample.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     both = real[:, 1:] & real[:, :-1]
     return functional.cross_entropy(logits[:, :-1][both].float(), ids[:, 1:][both], reduction="sum"), int(both.sum())
-
-
-def _real(sample: Mapping[str, Any]) -> Tensor:
-    """Which tokens are no padding, [B, S] bool."""
-    mask = sample.get("attention_mask")
-    return torch.ones_like(sample["input_ids"], dtype=torch.bool) if mask is None else mask.bool()

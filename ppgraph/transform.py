@@ -24,11 +24,11 @@ from ppgraph.errors import (
     PPGraphError,
     UnsupportedModelError,
 )
-from ppgraph.methods import Candidate, LossKind
+from ppgraph.methods import Candidate
 from ppgraph.passes import Site
 from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
 from ppgraph.selections import jaccard
-from ppgraph.sensitivity import expected_losses, measured_losses
+from ppgraph.sensitivity import expected_losses
 from ppgraph.sharding import local_value, require_known_sharding
 from ppgraph.state import History
 
@@ -141,10 +141,9 @@ class Pruning:
         `samples` are model inputs of one sample each, for allocations by loss.
         """
 
-        def losses(candidates: Sequence[Candidate], kind: LossKind) -> Mapping[str, torch.Tensor]:
+        def losses(candidates: Sequence[Candidate]) -> Mapping[str, torch.Tensor]:
             orders = {item.site.name: (item.site, self.runtime.order_of(item), item.step) for item in candidates}
-            losses_of = measured_losses if kind == "measured" else expected_losses
-            return losses_of(self._model, self._dense_forward(), orders, samples, progress=progress)
+            return expected_losses(self._model, self._dense_forward(), orders, samples, progress=progress)
 
         with self.runtime.lock:
             self.runtime.allocate(self.sites, lambda name: local_value(self._model.get_parameter(name)), losses)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +16,11 @@ from torch.nn import functional
 
 import ppgraph
 from ppgraph import config as config_module
-from ppgraph import methods, sensitivity
+from ppgraph import methods
 from ppgraph.backend import pruning_of
 from ppgraph.errors import ConfigError, GraphError, HistoryError, MethodError
 from ppgraph.passes import Site
-from ppgraph.sensitivity import expected_losses, measured_losses
+from ppgraph.sensitivity import expected_losses
 from tests.reference import Reference, find_exit, masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, batch, llama, relative
 
@@ -368,81 +367,6 @@ def test_expected_losses_are_those_of_gates_on_the_channels() -> None:
         model.zero_grad()
 
 
-def divergence(logits: Tensor, dense: Tensor) -> float:
-    there, here = dense.flatten(0, 1).softmax(1), logits.detach().flatten(0, 1).softmax(1)
-    return float((there * (there / here).log()).sum(1).mean())
-
-
-def test_measured_losses_are_those_of_the_masked_model() -> None:
-    model, ids = llama(2), batch(2, 9)["input_ids"]
-    pruned = ppgraph.transform(model, ratio=0.4, allocation="measured-loss", lowering="eager", **SIZES)
-    sites = [site for site in pruned.ppgraph.sites if site.candidate]
-    orders = {site.name: (site, torch.randperm(site.units), 8 if site.kind == "mlp" else 1) for site in sites}
-    found = measured_losses(model, model, orders, [{"input_ids": row[None]} for row in ids], progress=False)
-    dense = model(ids).logits.detach()
-    for site in sites:
-        _, order, step = orders[site.name]
-        losses = found[site.name]
-        assert losses.shape == (site.units // step + 1,)
-        for quarter in range(5):
-            gone = quarter * site.units // 4
-            units = order[gone:].sort().values
-            kept = (units[:, None] * site.block + torch.arange(site.block)).flatten()
-            expected = divergence(masked_dense_logits(model, {site.name: kept}, ids), dense)
-            assert float(losses[gone // step]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
-        between = losses[: site.units // (4 * step) + 1]  # a straight line
-        torch.testing.assert_close(between, torch.linspace(0, float(between[-1]), len(between)), atol=1e-7, rtol=1e-5)
-
-
-def test_padding_is_not_measured() -> None:
-    model, ids = llama(2), batch(1, 9)["input_ids"]
-    pruned = ppgraph.transform(model, ratio=0.4, allocation="measured-loss", lowering="eager", **SIZES)
-    site = next(site for site in pruned.ppgraph.sites if site.candidate)
-    orders = {site.name: (site, torch.arange(site.units), 1)}
-    padded = {
-        "input_ids": functional.pad(ids, (0, 3)),
-        "attention_mask": functional.pad(torch.ones_like(ids), (0, 3)),
-    }
-    alone, beside = (
-        measured_losses(model, model, orders, [sample], progress=False)[site.name]
-        for sample in ({"input_ids": ids}, padded)
-    )
-    assert float(alone[-1]) > 0
-    torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-7)
-
-
-def test_an_interrupted_measurement_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = llama(2), batch(2, 9)["input_ids"]
-    before = model(ids).logits
-
-    def interrupted(dense: Any, pruned: Any) -> float:
-        raise KeyboardInterrupt
-
-    pruned = ppgraph.transform(model, ratio=0.4, allocation="measured-loss", lowering="eager", **SIZES)
-    monkeypatch.setattr(sensitivity, "_divergence", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ppgraph.calibrate(pruned, CALIBRATION, progress=False)
-    assert torch.equal(model(ids).logits, before)
-    assert pruned.ppgraph.history.allocation is None
-
-
-def test_losses_are_measured_on_a_few_hundred_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "MEASURED_TOKENS", 20)
-    lengths: list[int] = []
-
-    def forward(input_ids: Tensor, use_cache: bool) -> Any:
-        lengths.append(input_ids.shape[1])
-        return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 5))
-
-    measured_losses(llama(2), forward, {}, [{"input_ids": torch.ones(1, 9, dtype=torch.long)}] * 5, progress=False)
-    assert lengths == [9, 9, 9]
-
-
-def test_by_loss_names_a_kind_of_losses() -> None:
-    with pytest.raises(ConfigError, match="expected by_loss 'estimated', 'measured' or None, found True"):
-        methods.register_allocation("mine", lambda candidates, ratio: {}, by_loss=True)  # type: ignore[arg-type]
-
-
 def candidate(name: str, losses: list[float], macs: int) -> methods.Candidate:
     units = len(losses) - 1
     site = Site(name, "mlp", 0, width=units, units=units, unit_macs=macs)
@@ -476,10 +400,9 @@ def test_least_loss_takes_whole_steps_where_the_first_units_cost_most() -> None:
     assert found == {"a": 0, "b": 4}
 
 
-@pytest.mark.parametrize("allocation", ["least-loss", "measured-loss"])
-def test_losses_decide_what_a_calibrated_model_keeps(allocation: str) -> None:
+def test_least_loss_decides_what_a_calibrated_model_keeps() -> None:
     model = llama(2, layers=3)
-    pruned = ppgraph.transform(model, ratio=0.4, allocation=allocation, lowering="eager", **SIZES)
+    pruned = ppgraph.transform(model, ratio=0.4, allocation="least-loss", lowering="eager", **SIZES)
     ppgraph.calibrate(pruned, CALIBRATION, progress=False)
     logits = pruned(**FOUR[0], use_cache=False).logits
     sites = {site.name: site for site in pruned.ppgraph.sites if site.candidate}

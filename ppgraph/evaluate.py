@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -346,17 +347,13 @@ class _Bench:
         """The same for a pruned twin, which is made and calibrated when the first of them is asked for."""
 
         @functools.cache
-        def calibrated() -> Any:
-            twin: Any = transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
-            if config.needs_history and self.calibration:
-                calibrate(twin, self.calibration, progress=self.progress)
-                twin.ppgraph.history.save(folder / "history")
-            return twin
+        def made() -> Any:
+            return transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
 
         def afresh() -> Any:
-            twin = calibrated()
+            twin = made()
             if config.needs_history and self.calibration:
-                twin.ppgraph.history.load(folder / "history")
+                twin.ppgraph.history.load(self._calibrated(twin, folder))
             return twin
 
         measured = self._quality(afresh)
@@ -364,6 +361,20 @@ class _Bench:
         if self.settings.repeats:
             measured["time_ms"] = lambda: self._times(afresh())
         return measured
+
+    def _calibrated(self, twin: Any, folder: Path) -> Path:
+        """Where the history of a calibrated twin lies. Calibration is dense: configs that observe the same share it.
+
+        What an allocation decides from it is each config's own.
+        """
+        config, sites = twin.ppgraph.config, twin.ppgraph.history.keys()
+        observed = {"observed": config.observed, "sites": sites}
+        own = {} if config.allocation == "uniform" else config.to_dict()
+        saved = folder / hashlib.sha256(json.dumps(observed | own).encode()).hexdigest()
+        if not saved.exists():
+            calibrate(twin, self.calibration, progress=self.progress)
+            twin.ppgraph.history.save(saved)
+        return saved
 
     def _quality(self, model: Callable[[], nn.Module]) -> dict[str, Callable[[], dict[str, Any]]]:
         def score(key: str, causal: bool) -> dict[str, Any]:

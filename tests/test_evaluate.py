@@ -122,6 +122,29 @@ def test_a_comparison_measures_all_alike() -> None:
     assert "length 16, batch 3" in str(comparison)
 
 
+def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {
+        "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **SIZES),
+        "pp 0.3": ppgraph.PruneConfig(ratio=0.3, **SIZES),
+        "wanda-sp 0.3": ppgraph.PruneConfig(ratio=0.3, method="wanda-sp", **SIZES),
+        "mlp 0.4": ppgraph.PruneConfig(ratio=0.4, blocks=("mlp",), **SIZES),  # fewer sites
+        "global 0.4": ppgraph.PruneConfig(ratio=0.4, allocation="global", **SIZES),
+        "global 0.3": ppgraph.PruneConfig(ratio=0.3, allocation="global", **SIZES),
+    }
+    calibrated = []
+
+    def counted(twin: Any, batches: Any, **options: Any) -> None:
+        calibrated.append(next(name for name, config in configs.items() if config == twin.ppgraph.config))
+        ppgraph.calibrate(twin, batches, **options)
+
+    monkeypatch.setattr(evaluate, "calibrate", counted)
+    together = measured(configs=configs)
+    assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4", "global 0.3"]
+    for name, config in configs.items():
+        alone = measured(configs={name: config}).rows[1]
+        assert next(row.found for row in together.rows if row.name == name) == alone.found
+
+
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results.json"
     configs = {"probe": ppgraph.PruneConfig(ratio=0.4, statistics="probe", **SIZES)}

@@ -57,7 +57,7 @@ def test_what_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> 
         return logits
 
     monkeypatch.setattr(fuzzing.Judge, "_call", tampered)
-    with pytest.raises(AssertionError, match={"logits": "logits are off", "history": "history of"}.get(wrong, "")):
+    with pytest.raises(AssertionError, match={"logits": "logits are off", "history": "history of"}.get(wrong)):
         judge.run(CASE.batches[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import pickle
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import ppgraph
@@ -151,29 +149,6 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
     for model_type in ("gpt2", "opt"):
         assert learned_positions(Family(model_type).model("sdpa")) == 64
     assert learned_positions(llama(2, layers=1)) is None
-
-
-@pytest.mark.parametrize("off", ["variable", "setting", "stance", "dispatch mode"])
-def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch.compile is switched off, or does nothing. By variable and by stance it once ran dense silently."""
-    around: dict[str, Callable[[], Any]] = {
-        "setting": lambda: torch._dynamo.config.patch(disable=True),
-        "stance": lambda: torch.compiler.set_stance("force_eager"),  # from its construction on
-        "dispatch mode": lambda: FlopCounterMode(display=False),
-    }
-    message = "torch.compile switched on and no dispatch mode around it|the model ran dense"
-    if off == "variable":
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-        message = "the model ran dense"
-    fresh = ppgraph.transform(llama(2, layers=1), **OPTIONS)
-    before = state_of(warm)
-    # What was captured before goes on where it is only for later captures that torch.compile is off.
-    for pruned in (fresh, warm) if off in ("stance", "dispatch mode") else (fresh,):
-        with around.get(off, contextlib.nullcontext)(), pytest.raises(CaptureError, match=message):
-            pruned(IDS, use_cache=False)
-    assert state_of(warm) == before
-    monkeypatch.undo()
-    warm(IDS, use_cache=False)
 
 
 # Files

@@ -336,7 +336,10 @@ BAD_BATCHES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": IDS[:0]}, r"a batch without tokens: input_ids has shape \[0, 16\]"),
     ({"input_ids": IDS[:, :0]}, r"a batch without tokens: input_ids has shape \[3, 0\]"),
     ({"inputs_embeds": torch.ones(3, 0, 64)}, r"a batch without tokens: inputs_embeds has shape \[3, 0, 64\]"),
-    ({"input_ids": IDS[0]}, r"input_ids as a tensor of whole numbers \[samples, tokens\], found torch.int64 \[16\]"),
+    (
+        {"input_ids": IDS[0]},
+        r"input_ids as a tensor of whole numbers \[samples, tokens\] \(int64 or int32\), found torch.int64 \[16\]",
+    ),
     ({"input_ids": IDS.float()}, r"found torch.float32 \[3, 16\]"),
     ({"input_ids": IDS.tolist()}, "found list"),
     ({"inputs_embeds": IDS}, r"inputs_embeds as a tensor of numbers \[samples, tokens, hidden\], found torch.int64"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from variants import DTYPES, add_arguments, dense_model, prefill_call, prune_config
+from variants import DTYPES, add_arguments, dense_model, options, prefill_call, prune_config
 
 import ppgraph
 from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing, alternate, header, machine, timings_to_dict, write_json
@@ -73,12 +73,11 @@ def results(
     args: argparse.Namespace, described: Mapping[str, Any], found: Mapping[tuple[int, int], Mapping[str, Timing]]
 ) -> dict[str, Any]:
     """Everything that was measured and on what, for the JSON file."""
-    options = {name: value for name, value in vars(args).items() if name not in ("json", "length")}
     shapes = [
         {"samples": samples, "tokens": tokens, "speedup": speedup(timings), "variants": timings_to_dict(timings)}
         for (samples, tokens), timings in found.items()
     ]
-    return {"machine": described, "arguments": options, "shapes": shapes}
+    return {"machine": described, "arguments": options(args), "shapes": shapes}
 
 
 if __name__ == "__main__":

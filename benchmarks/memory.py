@@ -9,6 +9,7 @@ set on CPUs (Linux; reset before the call), the allocator's on GPUs.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import re
 import statistics
@@ -18,9 +19,8 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from variants import DTYPES, add_arguments, dense_model, prefill_call, prune_config, static_model
+from variants import DTYPES, add_arguments, compiled_models, options, prefill_call
 
-import ppgraph
 from ppgraph.inspect.timing import header, machine, write_json
 
 
@@ -35,21 +35,14 @@ def main(arguments: list[str]) -> None:
     described = machine()
     print(header(described, args.device, DTYPES[args.dtype]))
 
-    config, dense = prune_config(args), dense_model(args, args.device, "sdpa")
-    weights = sum(parameter.nbytes for parameter in dense.parameters())
+    models = compiled_models(args)
+    weights = sum(parameter.nbytes for parameter in models["dense"].parameters())
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
-    models = {
-        "dense": torch.compile(dense),
-        "static": torch.compile(static_model(dense, config)),
-        "ppgraph": ppgraph.transform(dense, config),
-    }
     measured = {name: peak_bytes(prefill_call(model, tokens), args) for name, model in models.items()}
     print(table(measured, weights))
     if args.json:
-        options = {name: value for name, value in vars(args).items() if name != "json"}
-        write_json(
-            args.json, {"machine": described, "arguments": options, "weight_bytes": weights, "peak_bytes": measured}
-        )
+        found = {"weight_bytes": weights, "peak_bytes": measured}
+        write_json(args.json, {"machine": described, "arguments": options(args), **found})
 
 
 def peak_bytes(call: Callable[[], object], args: argparse.Namespace) -> list[int]:
@@ -69,8 +62,12 @@ def peak_on_gpu(call: Callable[[], object]) -> int:
 
 
 def peak_on_cpu(call: Callable[[], object]) -> int:
-    """The resident set's peak: 5 in clear_refs resets it (proc(5))."""
+    """The resident set's peak: 5 in clear_refs resets it (proc(5)).
+
+    What glibc keeps of memory that was freed goes back first, or a call that finds it there seems to take nothing.
+    """
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
     call()

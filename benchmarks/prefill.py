@@ -22,9 +22,17 @@ import sys
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from variants import DTYPES, add_arguments, dense_model, prefill_call, prune_config, results, static_model
+from variants import (
+    DTYPES,
+    add_arguments,
+    compiled_models,
+    dense_model,
+    prefill_call,
+    prune_config,
+    results,
+    static_model,
+)
 
-import ppgraph
 from ppgraph.inspect.rates import Rates
 from ppgraph.inspect.timing import Cost, compile_and_time, costs_of, header, machine, timing_table, write_json
 
@@ -45,15 +53,12 @@ def main(arguments: list[str]) -> None:
     described = machine()
     print(header(described, args.device, DTYPES[args.dtype]))
 
-    config = prune_config(args)
-    dense = dense_model(args, args.device, "sdpa")
-    pruned = ppgraph.transform(dense, config)
+    models = compiled_models(args)
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
-    models = {"dense": torch.compile(dense), "static": torch.compile(static_model(dense, config)), "ppgraph": pruned}
     calls = {name: prefill_call(each, tokens) for name, each in models.items()}
     first_ms, timings = compile_and_time(calls, args.repeats)
-    report = pruned.ppgraph.report()
-    costs = costs_of(report) | {"static": static_cost(args, config)}
+    report = models["ppgraph"].ppgraph.report()
+    costs = costs_of(report) | {"static": static_cost(args)}
     rates = Rates.measured(tokens.device, DTYPES[args.dtype])
     assert report.cost is not None
     assert rates is not None
@@ -65,12 +70,12 @@ def main(arguments: list[str]) -> None:
         write_json(args.json, results(args, described, timings, first_ms, flops=flops, rates=rates.to_dict()))
 
 
-def static_cost(args: argparse.Namespace, config: ppgraph.PruneConfig) -> Cost:
+def static_cost(args: argparse.Namespace) -> Cost:
     """FLOPs and weights of the static model.
 
     The meta device computes nothing, and eager attention shows the counter its products, which sdpa hides.
     """
-    model = static_model(dense_model(args, "meta", "eager"), config)
+    model = static_model(dense_model(args, "meta", "eager"), prune_config(args))
     mask = torch.zeros(1, 1, args.length, args.length, device="meta", dtype=model.dtype)
     ids = torch.zeros(args.batch, args.length, device="meta", dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

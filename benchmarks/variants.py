@@ -84,6 +84,16 @@ def static_model(dense: LlamaForCausalLM, config: ppgraph.PruneConfig) -> LlamaF
     return model
 
 
+def compiled_models(args: argparse.Namespace) -> dict[str, Any]:
+    """Dense, static and pruned ("ppgraph") of one random model, each to be compiled by its first call."""
+    dense, config = dense_model(args, args.device, "sdpa"), prune_config(args)
+    return {
+        "dense": torch.compile(dense),
+        "static": torch.compile(static_model(dense, config)),
+        "ppgraph": ppgraph.transform(dense, config),
+    }
+
+
 def narrow_attention(attention: LlamaAttention, ratio: float) -> None:
     """Keep some query heads: with MHA their K/V heads too, with GQA each reads its own of all K/V heads."""
     size = attention.head_dim
@@ -147,6 +157,11 @@ def prefill_call(model: Callable[..., Any], tokens: Tensor) -> Callable[[], obje
     return torch.no_grad()(lambda: model(tokens, use_cache=False, logits_to_keep=1))
 
 
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, for the JSON file."""
+    return {name: value for name, value in vars(args).items() if name != "json"}
+
+
 def results(
     args: argparse.Namespace,
     described: Mapping[str, Any],
@@ -157,7 +172,7 @@ def results(
     """Everything that was measured and on what, for the JSON file."""
     return {
         "machine": described,
-        "arguments": {name: value for name, value in vars(args).items() if name != "json"},
+        "arguments": options(args),
         **more,
         "variants": timings_to_dict(timings, first_ms),
     }

@@ -28,7 +28,10 @@ aten = torch.ops.aten
 class ReuseProbe:
     """Makes the linears of each probed block run on the rows that were not probed.
 
-    What cannot be followed row by row is left as it is: the result is the same, only the saving differs.
+    What cannot be followed row by row is left as it is: the result is the same, only the saving differs. The exit is
+    copied with the weight that it has, so `compensate_exit` runs before.
+
+    Leaves in `program.shared`, for each site whose exit runs by rows, `("rows", name)`: a `RowPieces`.
     """
 
     name = "reuse_probe"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -149,6 +150,25 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
     for model_type in ("gpt2", "opt"):
         assert learned_positions(Family(model_type).model("sdpa")) == 64
     assert learned_positions(llama(2, layers=1)) is None
+
+
+@pytest.mark.parametrize("off", ["variable", "stance"])
+def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch.compile is switched off. By variable and by stance it once ran dense silently."""
+    message = "torch.compile switched on and no dispatch mode around it|the model ran dense"
+    if off == "variable":
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        message = "the model ran dense"
+    fresh = ppgraph.transform(llama(2, layers=1), **OPTIONS)
+    before = state_of(warm)
+    # What was captured before goes on where the variable is set: it is only for later captures that it counts.
+    for pruned in (fresh, warm) if off == "stance" else (fresh,):
+        stance = torch.compiler.set_stance("force_eager") if off == "stance" else contextlib.nullcontext()
+        with stance, pytest.raises(CaptureError, match=message):
+            pruned(IDS, use_cache=False)
+    assert state_of(warm) == before
+    monkeypatch.undo()
+    warm(IDS, use_cache=False)
 
 
 # Files

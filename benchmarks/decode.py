@@ -59,10 +59,13 @@ class Decoding:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """A new cache that holds the prompt."""
-        length = self.args.length + self.args.steps
-        config = self.prefill.config
-        self.cache = StaticCache(config, max_cache_len=length) if self.args.cache == "static" else DynamicCache()
+        """A cache that holds the prompt and nothing else."""
+        if self.args.cache == "dynamic":
+            self.cache = DynamicCache()
+        elif self.cache is None:
+            self.cache = StaticCache(self.prefill.config, max_cache_len=self.args.length + self.args.steps)
+        else:  # as `generate` does: the same memory again
+            self.cache.reset()
         output = self.prefill(self.prompt, logits_to_keep=1, **{CACHE: self.cache})
         self.token = output.logits[:, -1:].argmax(-1)
 

@@ -386,6 +386,33 @@ class Builder:
         pieces = self(torch.ops.aten.split_with_sizes.default, indices, [count, rest])
         return self(operator.getitem, pieces, 0)  # type: ignore[no-any-return]
 
+    def highest_in_order(self, scores: Node, count: Any) -> Node:
+        """Indices of the `count` highest of a vector, ascending; of equal scores the lower index wins."""
+        if scores.meta["val"].device.type == "cpu":
+            return self.ascending(self.highest(scores, count))
+        return self.in_order_by_rank(scores, count)
+
+    def in_order_by_rank(self, scores: Node, count: Any) -> Node:
+        """The same by comparing each with each, which a GPU does in the time of one of the many kernels of a sort.
+
+        With NaN among the scores the indices are in range, and not all of them different.
+        """
+        aten, device = torch.ops.aten, scores.meta["val"].device
+        index = self(aten.arange.default, self.size(scores, 0), device=device)
+        own, other = self(aten.unsqueeze.default, scores, 1), self(aten.unsqueeze.default, scores, 0)
+        earlier = self(aten.lt.Tensor, self(aten.unsqueeze.default, index, 0), self(aten.unsqueeze.default, index, 1))
+        tied = self(aten.logical_and.default, self(aten.eq.Tensor, other, own), earlier)
+        better = self(aten.logical_or.default, self(aten.gt.Tensor, other, own), tied)
+        chosen = self(aten.lt.Scalar, self(aten.sum.dim_IntList, better, [1]), count)
+        place = self(aten.clamp_max.default, self(aten.sub.Scalar, self(aten.cumsum.default, chosen, 0), 1), count)
+        place = self.where(chosen, place, count)  # a place behind the last for those that are not chosen
+        memory = self(
+            aten.zeros.default, [self(operator.add, count, 1)], dtype=torch.int64, device=scores.meta["val"].device
+        )
+        filled = self(aten.scatter.src, memory, 0, place, index)
+        pieces = self(aten.split_with_sizes.default, filled, [count, 1])
+        return self(operator.getitem, pieces, 0)  # type: ignore[no-any-return]
+
     def ascending(self, index: Node) -> Node:
         """A vector's elements in ascending order."""
         return self(operator.getitem, self(torch.ops.aten.sort.default, index), 0)  # type: ignore[no-any-return]

@@ -152,14 +152,14 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
     if used is not None:
         chosen = build.where(used, chosen, 0.0)
     by_sample = build(aten.linalg_vector_norm.default, chosen, 2, [1])
-    best = build.ascending(build.highest(by_sample, sample_count))
+    best = build.highest_in_order(by_sample, sample_count)
     return _placed(build, best, tokens, used, padding, (sample_count, token_count, length))
 
 
 def _most_important_tokens(build: Builder, norms: Node, count: Any) -> Node:
     """Step 1 for a batch without padding: [B, S] norms -> [S'] ascending."""
     importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
-    tokens = build.ascending(build.highest(importance, count))
+    tokens = build.highest_in_order(importance, count)
     if isinstance(count, int) and count > FEW_TOKENS:
         return tokens
     number = build(aten.scalar_tensor.default, count, device=tokens.meta["val"].device)

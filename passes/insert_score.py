@@ -45,7 +45,7 @@ class InsertScore:
                 program.results[site.name] = program.shared["kept", site.name][1]
                 continue
             statistics = _statistics(program, build, site)
-            units = build.ascending(build.highest(_unit_scores(program, build, site, statistics), site.kept_units))
+            units = build.highest_in_order(_unit_scores(program, build, site, statistics), site.kept_units)
             channels = unit_indices(build, units, site.block)
             program.shared["kept", site.name] = (units, channels)
             program.shared["statistics", site.name] = statistics

@@ -565,10 +565,11 @@ def _columns(build: Builder, node: Node, dim: int, tag: Tag, sampling: Sampling,
     if not tag.has_others:
         return columns
     before = others(build, node, dim, tag, length)
-    first = build(aten.arange.default, build.size(node, dim), device=columns.meta["val"].device)
-    sides = [build(aten.slice.Tensor, first, 0, 0, before)]
+    device = columns.meta["val"].device
+    sides = [build(aten.arange.default, before, device=device)]
     if tag.after:
-        sides.append(build(aten.slice.Tensor, first, 0, -tag.after, None))
+        last = build(operator.sub, build.size(node, dim), tag.after)
+        sides.append(build.add(build(aten.arange.default, tag.after, device=device), last))
     if len(shape_of(columns)) > 1:
         sides = [build(aten.expand.default, side, [sampling.sample_count, -1]) for side in sides]
     return build(aten.cat.default, [sides[0], build.add(columns, before), *sides[1:]], -1)  # type: ignore[no-any-return]

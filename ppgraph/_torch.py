@@ -162,11 +162,18 @@ def inductor_options() -> frozenset[str]:
 
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
     with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
         compiled = compile_fx(module, values, config_patches=dict(options) if options else None)
     assert callable(compiled)
     return compiled
+
+
+def _by_its_symbol(value: Any) -> Any:
+    """A size whose symbol was found to equal another one, under that one's name; Inductor looks for no other (2.11)."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def module_path(node: Node) -> str:

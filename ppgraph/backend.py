@@ -32,7 +32,7 @@ def ppgraph_backend(
         module: Dynamo's graph.
         inputs: Its example inputs.
         options: Fields of `PruneConfig`, and Inductor's own options (which may not be combined with `mode`).
-        mode: A mode of `torch.compile`, such as `"max-autotune"`.
+        mode: A mode of `torch.compile`, such as `"max-autotune-no-cudagraphs"`; on GPUs none with CUDA graphs.
 
     Raises:
         ConfigError: an option that neither knows, or an unknown mode.

@@ -20,6 +20,7 @@ from ppgraph import _torch
 from ppgraph.capture import capture
 from ppgraph.config import PruneConfig, layer_ratio
 from ppgraph.errors import (
+    ConfigError,
     DecodeError,
     GraphError,
     MethodError,
@@ -45,6 +46,8 @@ log = logging.getLogger("ppgraph")
 Phase = Literal["prefill", "calibrate", "reuse", "dense"]
 # The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
 SELECTION = "_ppgraph_selection"
+# The attribute by which caches that count on the device carry what they counted: the tensor, its version, the number.
+LENGTH = "_ppgraph_length"
 
 _PASSES: dict[Phase, tuple[Pass, ...]] = {
     "prefill": PRUNE,
@@ -344,6 +347,12 @@ class Runtime:
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
             return program.module
+        if self.options.get("triton.cudagraphs") and _device(program).type != "cpu":
+            raise ConfigError(
+                "CUDA graphs (triton.cudagraphs, as the modes reduce-overhead and max-autotune set it) are not "
+                "supported: Inductor crashed with them on a step of decoding (torch 2.11, H100). Use the default mode "
+                "or max-autotune-no-cudagraphs"
+            )
         if phase in ("reuse", "dense"):  # a step of one token is over sooner than the calls that cuts make
             program.cuts.clear()
         return lower(program, self.options)
@@ -394,10 +403,9 @@ class GraphRunner:
 
         A cache that the model made itself is not seen; then the keys and values in it carry the selection.
         """
-        start = inputs[self._cached[0]].shape[self._cached[1]] if self._cached else 0
-        start = int(cache.get_seq_length()) if cache is not None else start
         if self._phase != "reuse":
-            return Call(start)
+            start = inputs[self._cached[0]].shape[self._cached[1]] if self._cached else 0
+            return Call(start if cache is None else cached_length(cache))
         marks = [getattr(value, SELECTION, None) for value in (cache, *inputs)]
         selection = next((mark for mark in marks if mark is not None), None)
         if selection is None:
@@ -406,7 +414,7 @@ class GraphRunner:
                 "of two tokens or more, passed as an argument if it is reordered or cropped in between. Run the prompt "
                 'through this model, or use the option decode="dense" or ppgraph.transform'
             )
-        return Call(start, selection)
+        return Call(selection=selection)
 
     def _hand_on(self, selection: Selection | None, cache: Any, values: Sequence[Any]) -> None:
         """Let the cache, and keys and values that enter or leave the graph, carry the selection that goes with them."""
@@ -537,6 +545,28 @@ def cached_input(program: Program) -> tuple[int, int] | None:
 def cache_of(values: Iterable[Any]) -> Any:
     """The KV cache among a model's arguments or outputs; None without one."""
     return next((value for value in values if hasattr(value, "get_seq_length") and hasattr(value, "layers")), None)
+
+
+def cached_length(cache: Any) -> int:
+    """How many tokens a KV cache holds.
+
+    Static caches count in a tensor. To read it waits for the device, in each step of decoding; so what is known since
+    `note_length` is not read again, unless somebody else has counted in between.
+    """
+    count = cache.get_seq_length()
+    if not isinstance(count, torch.Tensor):
+        return int(count)
+    known: tuple[torch.Tensor, int, int] | None = getattr(cache, LENGTH, None)
+    if known is not None and known[0] is count and known[1] == count._version:
+        return known[2]
+    return int(count)
+
+
+def note_length(cache: Any, length: int) -> None:
+    """Remember what a KV cache holds now."""
+    count = cache.get_seq_length()
+    if isinstance(count, torch.Tensor) and not count.is_inference():
+        setattr(cache, LENGTH, (count, count._version, length))
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -29,7 +29,17 @@ from ppgraph.errors import (
 )
 from ppgraph.methods import Candidate
 from ppgraph.passes import Site
-from ppgraph.runtime import SELECTION, Call, GraphRecord, Phase, Runtime, Selection, cache_of
+from ppgraph.runtime import (
+    SELECTION,
+    Call,
+    GraphRecord,
+    Phase,
+    Runtime,
+    Selection,
+    cache_of,
+    cached_length,
+    note_length,
+)
 from ppgraph.selections import jaccard
 from ppgraph.sensitivity import expected_losses
 from ppgraph.sharding import local_value, require_known_sharding
@@ -169,13 +179,17 @@ class Pruning:
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
         cache = cache_of(arguments.values())
-        length = int(cache.get_seq_length()) if cache is not None else 0
+        length = cached_length(cache) if cache is not None else 0
         phase = self.runtime.step_phase(length > 0 and is_step(arguments))
-        call = Call(start=_first_position(arguments, length))
+        call = Call()
         if phase == "reuse":
             call.selection = getattr(cache, SELECTION, None) or _no_selection(cache)
+        elif phase == "prefill":
+            call.start = _first_position(arguments, length)
         with self.runtime.lock:
             output = self.run(phase, arguments, call)
+            if cache is not None:
+                note_length(cache, length + tokens_of(arguments))
             if phase == "prefill":
                 _attach(cache if cache is not None else cache_of(_items(output)), self.runtime.selection)
         return output
@@ -418,7 +432,7 @@ def require_known_positions(positions: int, arguments: Mapping[str, Any]) -> Non
         InputError: there are more, those in a cache included.
     """
     cache = cache_of(arguments.values())
-    total = tokens_of(arguments) + (int(cache.get_seq_length()) if cache is not None else 0)
+    total = tokens_of(arguments) + (cached_length(cache) if cache is not None else 0)
     if total > positions:
         raise InputError(f"{total} tokens are longer than the model's context: it has learned {positions} positions")
 

@@ -505,6 +505,8 @@ class Judge:
     def _require_logits(self, found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> None:
         real = real_tokens(inputs)
         found, expected = found[real], expected[real]
+        if not torch.isfinite(expected).all():
+            raise Discarded  # mpt in float64 hides keys by more than its float32 softmax can hold
         _require(bool(torch.isfinite(found).all()), "logits that are not finite")
         exactly = self.config.ratio == 0 and self.case.lowering == "eager" and self.case.cache == "none"
         if exactly:

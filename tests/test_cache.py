@@ -24,6 +24,7 @@ from transformers import (
 
 import ppgraph
 from ppgraph.passes import token_axes
+from ppgraph.runtime import LENGTH, cached_length
 from tests.reference import masked_dense_logits
 from tests.test_generate import OPTIONS, cache_in, cached, model, prompts
 
@@ -226,3 +227,20 @@ def test_a_later_turn_has_the_same_positions_by_either_kind_of_mask() -> None:
         histories.append({name: history[name] for name in history})
     torch.testing.assert_close(histories[1], histories[0], rtol=1e-4, atol=1e-6)
     assert not any(values[PROMPT + TURN - 2 :].any() for values in histories[0].values())
+
+
+def test_a_static_cache_that_others_count_in_is_counted_again() -> None:
+    dense = model(2)
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    cache = empty_cache("static", dense)
+    prompt = prompts(3, PROMPT, padded=False)["input_ids"]
+    pruned(prompt, **cached(cache))
+    assert cached_length(cache) == PROMPT
+    cache.get_seq_length().add_(0)  # as by somebody else: what is known no longer counts
+    setattr(cache, LENGTH, (*getattr(cache, LENGTH)[:2], 99))
+    assert cached_length(cache) == PROMPT
+    with torch.no_grad():
+        dense(prompt[:, :TURN], **cached(cache))
+    assert cached_length(cache) == PROMPT + TURN
+    cache.reset()
+    assert cached_length(cache) == 0

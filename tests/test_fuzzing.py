@@ -30,6 +30,15 @@ def test_random_cases_equal_the_masked_dense_model(case: Case) -> None:
 CASE = Case("llama", (Batch(3, 9, "left"), Batch(2, 12, "right", 1)), {"skip_layers": 0, "width_multiple": 8})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_mpt_goes_on_from_a_cache_with_padding_and_its_bias_by_position() -> None:
+    """The bias covers the whole context: how many of its columns lie before the tokens is known only when it runs."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = {"method": "full-batch", "ratio": 0.9, "skip_layers": 0, "blocks": ("attention",), "decode": "dense"}
+    turns = Batch(samples=4, length=24, padding="holes", seed=431, turns=(3,))
+    assert check(Case("mpt", (turns,), config, sizes, attention="eager", cache="dynamic", seed=70)) == 2
+
+
 def test_a_case_prints_as_the_program_that_runs_it() -> None:
     assert repr(CASE) == (
         "Case(family='llama', batches=(Batch(samples=3, length=9, padding='left'), "

@@ -35,8 +35,9 @@ class Rates:
         if device.type == "meta":
             return None
         rows, width = PRODUCT_SIZES.get(device.type, PRODUCT_SIZES["cuda"])
-        left = torch.ones(rows, width, device=device, dtype=dtype)
-        weight = torch.ones(GATHERED_ROWS.get(device.type, GATHERED_ROWS["cuda"]), width, device=device, dtype=dtype)
+        # Random, as GPUs multiply ones and zeros faster than numbers.
+        left = torch.randn(rows, width, device=device).to(dtype)
+        weight = torch.randn(GATHERED_ROWS.get(device.type, GATHERED_ROWS["cuda"]), width, device=device).to(dtype)
         index = torch.arange(0, len(weight), 2, device=device)
         with torch.no_grad():
             product_s = _seconds("linear(x, w)", linear=F.linear, x=left, w=weight[:width])

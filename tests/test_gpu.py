@@ -1,0 +1,53 @@
+"""What Inductor makes of the rewritten graphs on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ppgraph
+from ppgraph.errors import ConfigError
+from tests.reference import masked_dense_logits
+from tests.test_exactness import FOUR, SIZES, llama, relative
+from tests.test_generate import OPTIONS, model, prompts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")]
+
+
+def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_compiled_batches_equal_the_masked_dense_model(kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+    dense = llama(kv_heads).cuda().to(dtype)
+    pruned = ppgraph.transform(dense, ratio=0.4, **SIZES)
+    eager = ppgraph.transform(dense, ratio=0.4, lowering="eager", **SIZES)
+    for inputs in map(on_gpu, FOUR):
+        logits, expected = pruned(**inputs, use_cache=False).logits, eager(**inputs, use_cache=False).logits
+        masked = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        assert relative(logits[real], masked[real]) < tolerance
+        if dtype == torch.float32:
+            assert relative(logits[real], expected[real]) < tolerance
+    if dtype == torch.float32:
+        history, wanted = pruned.ppgraph.history, eager.ppgraph.history
+        for name in wanted:
+            torch.testing.assert_close(history[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_generate_gives_the_tokens_of_the_eager_graphs(cache: str) -> None:
+    dense = model(2).cuda()
+    inputs = on_gpu(prompts(3, 11, padded=True))
+    wanted = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    expected = ppgraph.transform(dense, **OPTIONS).generate(**inputs, **wanted)
+    found = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"}).generate(**inputs, **wanted)
+    assert torch.equal(found, expected)
+
+
+def test_cuda_graphs_are_refused() -> None:
+    pruned = ppgraph.transform(model(2).cuda(), **{**OPTIONS, "lowering": {"triton.cudagraphs": True}})
+    with pytest.raises(ConfigError, match=r"CUDA graphs .* are not supported"):
+        pruned(**on_gpu(prompts(2, 5, padded=False)))

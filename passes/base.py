@@ -406,9 +406,7 @@ class Builder:
         chosen = self(aten.lt.Scalar, self(aten.sum.dim_IntList, better, [1]), count)
         place = self(aten.clamp_max.default, self(aten.sub.Scalar, self(aten.cumsum.default, chosen, 0), 1), count)
         place = self.where(chosen, place, count)  # a place behind the last for those that are not chosen
-        memory = self(
-            aten.zeros.default, [self(operator.add, count, 1)], dtype=torch.int64, device=scores.meta["val"].device
-        )
+        memory = self(aten.zeros.default, [self(operator.add, count, 1)], dtype=torch.int64, device=device)
         filled = self(aten.scatter.src, memory, 0, place, index)
         pieces = self(aten.split_with_sizes.default, filled, [count, 1])
         return self(operator.getitem, pieces, 0)  # type: ignore[no-any-return]

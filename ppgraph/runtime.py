@@ -155,6 +155,7 @@ class Runtime:
         """
         start = time.perf_counter()
         values = _torch.placeholder_values(module)
+        refuse_cuda_graphs(self.options, values)
         with _torch.graph_world(_torch.fake_mode_of(values)):
             program, _ = capture(module, self.config)
             program.allocation = self.history.kept_here()
@@ -347,12 +348,6 @@ class Runtime:
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
             return program.module
-        if self.options.get("triton.cudagraphs") and _device(program).type != "cpu":
-            raise ConfigError(
-                "CUDA graphs (triton.cudagraphs, as the modes reduce-overhead and max-autotune set it) are not "
-                "supported: Inductor crashed with them on a step of decoding (torch 2.11, H100). Use the default mode "
-                "or max-autotune-no-cudagraphs"
-            )
         if phase in ("reuse", "dense"):  # a step of one token is over sooner than the calls that cuts make
             program.cuts.clear()
         return lower(program, self.options)
@@ -509,6 +504,17 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results)
             self._runtime.statistics.add(results, self._runtime.sites or [])
+
+
+def refuse_cuda_graphs(options: Mapping[str, Any], inputs: Sequence[Any]) -> None:
+    """Raise ConfigError where Inductor's options ask for CUDA graphs and an input is not on a CPU."""
+    places = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
+    if options.get("triton.cudagraphs") and places != {"cpu"}:
+        raise ConfigError(
+            "CUDA graphs (triton.cudagraphs, as the modes reduce-overhead and max-autotune set it) are not "
+            "supported: Inductor crashed with them on a step of decoding (torch 2.11, H100). Use the default mode "
+            "or max-autotune-no-cudagraphs"
+        )
 
 
 def shares_of(program: Program) -> dict[str, Share]:

@@ -236,8 +236,9 @@ def test_a_static_cache_that_others_count_in_is_counted_again() -> None:
     prompt = prompts(3, PROMPT, padded=False)["input_ids"]
     pruned(prompt, **cached(cache))
     assert cached_length(cache) == PROMPT
-    cache.get_seq_length().add_(0)  # as by somebody else: what is known no longer counts
     setattr(cache, LENGTH, (*getattr(cache, LENGTH)[:2], 99))
+    assert cached_length(cache) == 99, "it was read from the device"
+    cache.get_seq_length().add_(0)  # as by somebody else: what is known no longer counts
     assert cached_length(cache) == PROMPT
     with torch.no_grad():
         dense(prompt[:, :TURN], **cached(cache))

@@ -7,6 +7,7 @@ import torch
 
 import ppgraph
 from ppgraph.errors import ConfigError
+from tests.fuzzing import real_tokens
 from tests.reference import masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, llama, relative
 from tests.test_generate import OPTIONS, model, prompts
@@ -27,7 +28,7 @@ def test_compiled_batches_equal_the_masked_dense_model(kv_heads: int, dtype: tor
     for inputs in map(on_gpu, FOUR):
         logits, expected = pruned(**inputs, use_cache=False).logits, eager(**inputs, use_cache=False).logits
         masked = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        real = real_tokens(inputs)
         assert relative(logits[real], masked[real]) < tolerance
         if dtype == torch.float32:
             assert relative(logits[real], expected[real]) < tolerance

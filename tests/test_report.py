@@ -170,6 +170,12 @@ def test_predictions_follow_from_the_rates() -> None:
     assert "at most" in str(unknown)
 
 
+def test_measuring_rates_leaves_the_random_numbers_of_others_alone() -> None:
+    before = torch.get_rng_state()
+    assert Rates.measured(torch.device("cpu"), torch.float32) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_batch_below_break_even_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

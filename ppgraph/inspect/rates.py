@@ -35,9 +35,11 @@ class Rates:
         if device.type == "meta":
             return None
         rows, width = PRODUCT_SIZES.get(device.type, PRODUCT_SIZES["cuda"])
-        # Random, as GPUs multiply ones and zeros faster than numbers.
-        left = torch.randn(rows, width, device=device).to(dtype)
-        weight = torch.randn(GATHERED_ROWS.get(device.type, GATHERED_ROWS["cuda"]), width, device=device).to(dtype)
+        # Random, as GPUs multiply ones and zeros faster than numbers; by a generator of its own, as models sample too.
+        generator = torch.Generator(device).manual_seed(0)
+        gathered_rows = GATHERED_ROWS.get(device.type, GATHERED_ROWS["cuda"])
+        left = torch.rand(rows, width, device=device, generator=generator).to(dtype)
+        weight = torch.rand(gathered_rows, width, device=device, generator=generator).to(dtype)
         index = torch.arange(0, len(weight), 2, device=device)
         with torch.no_grad():
             product_s = _seconds("linear(x, w)", linear=F.linear, x=left, w=weight[:width])

@@ -31,6 +31,10 @@ class CaptureError(PPGraphError, RuntimeError):
     """The model did not come through Dynamo as one graph, or the graph could not be normalised."""
 
 
+class LoweringError(PPGraphError, RuntimeError):
+    """Inductor could not compile the rewritten graph."""
+
+
 class GraphError(PPGraphError, RuntimeError):
     """A pass left an illegal graph behind, was run twice, or found one that breaks its requirements."""
 

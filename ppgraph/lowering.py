@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
+from ppgraph.errors import LoweringError
 from ppgraph.passes.base import Program, signature
 
 log = logging.getLogger("ppgraph")
@@ -29,9 +31,12 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
     """Compile a program's graph with Inductor; takes ownership of it. Call inside `_torch.graph_world`.
 
     The result takes the graph's inputs and gives its outputs.
+
+    Raises:
+        LoweringError: Inductor failed.
     """
     if not program.cuts:
-        return _torch.lower_with_inductor(program.module, options)
+        return _compiled(program.module, options)
     whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)
     known: dict[Any, Compiled] = {}
     calls = [node for node in whole.graph.nodes if node.op == "call_module"]
@@ -40,12 +45,23 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
         _give_tuple(call, part)
         key = structure(part)
         if key not in known:
-            known[key] = _torch.lower_with_inductor(part, options)
+            known[key] = _compiled(part, options)
         delattr(whole, call.target)
         setattr(whole, call.target, known[key])
     whole.recompile()
     log.info("%d parts of the graph, %d of them compiled", len(calls), len(known))
     return whole.forward
+
+
+def _compiled(module: GraphModule, options: Mapping[str, Any]) -> Compiled:
+    try:
+        return _torch.lower_with_inductor(module, options)
+    except _torch.BackendCompilerFailed as error:
+        found = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise LoweringError(
+            f"expected Inductor to compile the pruned graph; found: {found}. Does torch.compile(model) run the dense "
+            'model in the same call? lowering="eager" runs the pruned graph uncompiled, and nothing has changed'
+        ) from error
 
 
 def _parts(program: Program) -> Callable[[Node], int]:

@@ -12,15 +12,16 @@ import ppgraph
 from tests.test_exactness import llama
 from tests.test_families import Family
 
-HEADS = {"num_attention_heads": 8, "head_dim": 8}
+# Of four heads a rank loses one, of two none.
+HEADS = {"num_attention_heads": 16, "head_dim": 8}
 MODELS = {
-    "llama": Family("llama", {**HEADS, "num_key_value_heads": 4}),
-    "mha": Family("llama", {**HEADS, "num_key_value_heads": 8}),
-    "qwen3": Family("qwen3", {**HEADS, "num_key_value_heads": 4}),
-    "opt": Family("opt", {"num_attention_heads": 8}),
+    "llama": Family("llama", {**HEADS, "num_key_value_heads": 8}),
+    "mha": Family("llama", {**HEADS, "num_key_value_heads": 16}),
+    "qwen3": Family("qwen3", {**HEADS, "num_key_value_heads": 8}),
+    "opt": Family("opt", {"num_attention_heads": 16}),
     "phi3": Family("phi3"),
     "olmo2": Family("olmo2"),
-    "mixtral": Family("mixtral", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "mixtral": Family("mixtral", {**HEADS, "num_key_value_heads": 8}),
 }
 ROOT = Path(__file__).parents[1]
 # A hang is told from slow machines by this many seconds.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ppgraph
-from ppgraph import runtime
+from ppgraph import loading, runtime
 from ppgraph.loading import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +37,9 @@ def model_of(layers: int) -> Any:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are rewritten and run, but Inductor is left out: compiling would take a minute a page."""
+    """Graphs are rewritten and run, but Inductor is left out, and models are as shallow as ratio 0.4 allows."""
     monkeypatch.setattr(runtime, "lower", lambda program, options: program.module)
+    monkeypatch.setitem(loading._SMALL_SIZES, "num_hidden_layers", 6)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ FOUR = [batch(3, 16), batch(4, 9, "left"), batch(25, 11), batch(5, 20, "right")]
 @pytest.mark.parametrize(
     ("kv_heads", "bias", "ratio"),
     [
-        (4, False, 0.2),
+        pytest.param(4, False, 0.2, marks=pytest.mark.thorough),
         pytest.param(2, False, 0.2, marks=pytest.mark.thorough),
         pytest.param(4, False, 0.4, marks=pytest.mark.thorough),
         (2, True, 0.4),
@@ -117,8 +117,10 @@ def test_the_ratio_as_given_equals_the_reference() -> None:
     compare(llama(2), FOUR[:2], ratio=0.4, rescale_ratio=False, statistics="probe", **SIZES)
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize(
+    ("samples", "length"),
+    [(1, 1), (3, 2), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((1, 2), (3, 1)))],
+)
 def test_tiny_batches_equal_the_reference(samples: int, length: int) -> None:
     compare(llama(4), [batch(samples, length), batch(samples, length)], ratio=0.4, **SIZES)
 
@@ -143,7 +145,9 @@ def shifted(inputs: dict[str, torch.Tensor], left: int, right: int, filler: int)
     }
 
 
-@pytest.mark.parametrize(("left", "right"), [(0, 7), (7, 0), (3, 4)])
+@pytest.mark.parametrize(
+    ("left", "right"), [(3, 4), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((0, 7), (7, 0)))]
+)
 def test_padding_never_changes_a_result(left: int, right: int) -> None:
     model = llama(2)
     found = []

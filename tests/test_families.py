@@ -97,7 +97,7 @@ NEIGHBOURS = r"mixes neighbouring tokens, so a probe of some of them can't run t
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
-    "opt": Family("opt", thorough=True),
+    "opt": Family("opt"),
     "opt (post-norm)": Family("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "mistral": Family("mistral"),
     "qwen2": Family("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family("gemma3_text", BOTH_KINDS_OF_WINDOW),
     "phi": Family("phi", {"qk_layernorm": True}),
     "phi3": Family("phi3"),
-    "gpt_neox": Family("gpt_neox", thorough=True),
+    "gpt_neox": Family("gpt_neox"),
     "gpt_neox (sequential)": Family("gpt_neox", {"use_parallel_residual": False}),
     "gpt2": Family("gpt2"),
     "falcon (multi-query)": Family("falcon"),

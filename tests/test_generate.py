@@ -70,8 +70,15 @@ def greedy_without_cache(
     return ids
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("kv_heads", "cache"),
+    [
+        pytest.param(4, "dynamic", id="mha-dynamic"),
+        pytest.param(2, "static", id="gqa-static"),
+        pytest.param(4, "static", id="mha-static", marks=pytest.mark.thorough),
+        pytest.param(2, "dynamic", id="gqa-dynamic", marks=pytest.mark.thorough),
+    ],
+)
 def test_generate_equals_the_masked_dense_model_token_by_token(kv_heads: int, cache: str) -> None:
     dense = model(kv_heads)
     pruned = ppgraph.transform(dense, **OPTIONS)
@@ -276,12 +283,20 @@ def test_what_a_model_was_compiled_to_before_does_not_run_in_place_of_the_pruned
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+GIVEN = ("ids", "mask", "embeds", "positions", "last_logits", "some_logits", "loss", "tuple")
+
+
+@pytest.mark.parametrize("ratio", [0.4, pytest.param(0.0, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
-    "given",
-    ["ids", "mask", "mask_4d", "embeds", "positions", "last_logits", "some_logits", "hidden_states", "loss", "tuple"],
+    ("given", "attention"),
+    [
+        *((given, "sdpa") for given in (*GIVEN, "mask_4d", "hidden_states")),
+        ("mask_4d", "eager"),
+        ("hidden_states", "eager"),  # with weights of attention, which sdpa does not give
+        *(pytest.param(given, "eager", marks=pytest.mark.thorough) for given in GIVEN),
+    ],
 )
-def test_arguments_pass_through_as_on_the_masked_dense_model(given: str, attention: str) -> None:
+def test_arguments_pass_through_as_on_the_masked_dense_model(given: str, attention: str, ratio: float) -> None:
     dense = model(4)
     dense.set_attn_implementation(attention)
     ids = prompts(3, 9, padded=False)["input_ids"]
@@ -300,14 +315,13 @@ def test_arguments_pass_through_as_on_the_masked_dense_model(given: str, attenti
     if given == "hidden_states" and attention == "eager":
         arguments[given]["output_attentions"] = True
     inputs = {**batch, **arguments.get(given, {}), "use_cache": False}
-    for ratio in (0.0, 0.4):
-        pruned = ppgraph.transform(dense, **{**OPTIONS, "ratio": ratio})
-        found = pruned(**inputs)
-        twin = MaskedTwin(dense, pruned.ppgraph.selection()).model
-        with torch.no_grad():
-            expected = twin(**inputs)
-        assert type(found) is type(expected)
-        torch.testing.assert_close(_tensors(found), _tensors(expected), rtol=1e-4, atol=1e-5)
+    pruned = ppgraph.transform(dense, **{**OPTIONS, "ratio": ratio})
+    found = pruned(**inputs)
+    twin = MaskedTwin(dense, pruned.ppgraph.selection()).model
+    with torch.no_grad():
+        expected = twin(**inputs)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(_tensors(found), _tensors(expected), rtol=1e-4, atol=1e-5)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 
 import ppgraph
 from ppgraph import _torch
+from ppgraph.errors import LoweringError
 from ppgraph.lowering import structure
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
@@ -77,3 +78,11 @@ def adding(*numbers: torch.SymInt) -> GraphModule:
         inputs[-1].meta["val"] = number
     graph.output((graph.call_function(operator.add, tuple(inputs)),))
     return GraphModule(torch.nn.Module(), graph)
+
+
+def test_what_inductor_cannot_compile_is_told_from_what_the_model_does_not_take() -> None:
+    pruned = ppgraph.transform(model(2), **{**OPTIONS, "lowering": {"cpp.cxx": ("no-such-compiler",)}})
+    with pytest.raises(LoweringError, match=r"expected Inductor to compile the pruned graph; found: .*InvalidCxx"):
+        pruned(**prompts(3, 11, padded=False), use_cache=False)
+    assert pruned.ppgraph.graphs == []
+    assert not pruned.ppgraph.history.seen.any()

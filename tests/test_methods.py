@@ -63,7 +63,7 @@ def require_same(pruned: Any, reference: Reference, batches: Sequence[Mapping[st
 @pytest.mark.parametrize(
     ("kv_heads", "bias", "ratio"),
     [
-        (4, False, 0.3),
+        pytest.param(4, False, 0.3, marks=pytest.mark.thorough),
         (2, True, 0.5),
         pytest.param(2, True, 0.2, marks=pytest.mark.thorough),
         pytest.param(2, False, 0.5, marks=pytest.mark.thorough),
@@ -79,7 +79,7 @@ def test_flap_equals_the_reference(kv_heads: int, bias: bool, ratio: float) -> N
     require_same(pruned, reference, FOUR[:2])
 
 
-@pytest.mark.parametrize(("kv_heads", "bias"), [(4, True), (2, False)])
+@pytest.mark.parametrize(("kv_heads", "bias"), [(2, True), pytest.param(4, False, marks=pytest.mark.thorough)])
 def test_a_layer_may_lose_all_its_heads(kv_heads: int, bias: bool) -> None:
     methods.register_allocation(
         "headless",

@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ppgraph")
-    group.addoption("--thorough", action="store_true", help="all families whole, and real weights: hours on two cores")
+    group.addoption("--thorough", action="store_true", help="all families whole, four ranks, real weights: takes hours")
     group.addoption("--write-families", action="store_true", help="write what the tests find to the tables of families")
 
 

@@ -9,10 +9,12 @@ import contextlib
 import functools
 import re
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -29,6 +31,7 @@ from torch._dynamo.exc import (
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._guards import CompileContext, Guard, TracingContext, tracing
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -57,6 +60,7 @@ __all__ = [
     "graphs_left",
     "inductor_options",
     "is_wrapped",
+    "kernels_compiled_meanwhile",
     "lower_with_inductor",
     "module_path",
     "own_symbols",
@@ -75,6 +79,8 @@ __all__ = [
     "unset_fake_temporarily",
     "wrapper_of",
 ]
+
+_one_at_a_time = threading.Lock()  # for what is changed in torch and put back
 
 # What FlopCounterMode lacks (torch 2.13): it has formulas for attention on GPUs, and counts nothing for that on CPUs.
 ATTENTION_FLOPS_ON_CPU = {
@@ -167,6 +173,28 @@ def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) 
         compiled = compile_fx(module, values, config_patches=dict(options) if options else None)
     assert callable(compiled)
     return compiled
+
+
+@contextlib.contextmanager
+def kernels_compiled_meanwhile() -> Iterator[None]:
+    """Several graphs for Inductor in a row: C++ kernels of one compile in its workers while Python plans the next.
+
+    The module that Inductor generates for a graph waits for its kernels, which it puts in the place of futures. Here
+    all these waits come at the end, before anything is called. Other threads wait as ever.
+    """
+    wait, own_thread = AsyncCompile.wait, threading.get_ident()
+    postponed: list[tuple[AsyncCompile, dict[str, Any]]] = []
+
+    def postpone(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == own_thread:
+            postponed.append((compiler, scope))
+        else:
+            wait(compiler, scope)
+
+    with _one_at_a_time, mock.patch.object(AsyncCompile, "wait", postpone):
+        yield
+    for compiler, scope in postponed:
+        wait(compiler, scope)
 
 
 def _by_its_symbol(value: Any) -> Any:

@@ -36,7 +36,8 @@ def calibrate(pruned: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, A
         progress: Show a progress bar on stderr.
 
     Raises:
-        InputError: no batches, a batch without tokens or longer than the model's context, or not a pruned model.
+        InputError: no batches, a batch without tokens or longer than the model's context, or not a pruned model; or
+            too few batches to tell channels apart (`method="flap"` needs two), which the history keeps all the same.
         NonFiniteError: a batch gave NaN or infinity; the history keeps what came before it.
     """
     model, pruning = _pruned_model(pruned)

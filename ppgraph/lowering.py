@@ -7,6 +7,7 @@ costs at run time is one call in Python, and that the stream's last addition is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import textwrap
@@ -36,32 +37,43 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
         LoweringError: Inductor failed.
     """
     if not program.cuts:
-        return _compiled(program.module, options)
+        return _compiled([program.module], options)[0]
     whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)
-    known: dict[Any, Compiled] = {}
     calls = [node for node in whole.graph.nodes if node.op == "call_module"]
+    kinds: dict[Any, list[str]] = {}
     for call in calls:
         part = getattr(whole, call.target)
         _give_tuple(call, part)
-        key = structure(part)
-        if key not in known:
-            known[key] = _compiled(part, options)
-        delattr(whole, call.target)
-        setattr(whole, call.target, known[key])
+        kinds.setdefault(structure(part), []).append(call.target)
+    # What takes longest starts first.
+    alike = sorted(kinds.values(), key=lambda names: len(getattr(whole, names[0]).graph.nodes), reverse=True)
+    compiled = _compiled([getattr(whole, names[0]) for names in alike], options)
+    for names, code in zip(alike, compiled, strict=True):
+        for name in names:
+            delattr(whole, name)
+            setattr(whole, name, code)
     whole.recompile()
-    log.info("%d parts of the graph, %d of them compiled", len(calls), len(known))
+    log.info("%d parts of the graph, %d of them compiled", len(calls), len(compiled))
     return whole.forward
 
 
-def _compiled(module: GraphModule, options: Mapping[str, Any]) -> Compiled:
+def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:
+    # Not on GPUs: what waits there also tells Inductor's cache on disk which kernels belong to a graph.
+    alone = len(modules) == 1 or any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
     try:
-        return _torch.lower_with_inductor(module, options)
-    except _torch.BackendCompilerFailed as error:
+        with contextlib.nullcontext() if alone else _torch.kernels_compiled_meanwhile():
+            return [_torch.lower_with_inductor(module, options) for module in modules]
+    except RuntimeError as error:
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise LoweringError(
             f"expected Inductor to compile the pruned graph; found: {found}. Does torch.compile(model) run the dense "
             'model in the same call? lowering="eager" runs the pruned graph uncompiled, and nothing has changed'
         ) from error
+
+
+def _off_the_cpu(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _parts(program: Program) -> Callable[[Node], int]:

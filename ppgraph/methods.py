@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from ppgraph.config import KNOWN_ALLOCATIONS, KNOWN_COMPENSATIONS, KNOWN_OBSERVATIONS, KNOWN_SCORES
-from ppgraph.errors import ConfigError
+from ppgraph.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from ppgraph.config import PruneConfig
@@ -324,6 +324,12 @@ def _global_threshold(candidates: Sequence[Candidate], ratio: float) -> Mapping[
     """FLAP: of all units of all sites the least important go, until they make up `ratio` of the whole cost."""
     if not candidates:
         return {}
+    if all(bool((candidate.scores == candidate.scores[0]).all()) for candidate in candidates):
+        raise InputError(
+            "allocation='global' compares the scores of all channels, but calibration left none that differ. "
+            "observed='fluctuation' (method='flap') measures from the second batch on: calibrate on further batches, "
+            "what was seen so far counts"
+        )
     scores = [
         _standardised(candidate.scores).view(candidate.site.units, candidate.site.block).mean(1)
         for candidate in candidates

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 import ppgraph
-from ppgraph.errors import ConfigError
+from ppgraph.errors import ConfigError, InputError
 from ppgraph.methods import DAMPING, TINY
 from tests.reference import ADAPTERS, Block, Reference, masked
 from tests.test_families import FAMILIES, exits
@@ -406,7 +406,12 @@ class Judge:
         if not self.case.calibration or self.config.ratio == 0:
             return
         batches = [prompt(self.case, batch) for batch in self.case.calibration]
-        ppgraph.calibrate(self.pruned, batches, progress=False)
+        try:
+            ppgraph.calibrate(self.pruned, batches, progress=False)
+        except InputError as error:
+            if self.config.observed != "fluctuation" or len(batches) > 1:
+                raise
+            raise Discarded(str(error)) from error
         self.sites = {site.name: site for site in self.pruned.ppgraph.sites}
         if self.reference is not None:
             self.reference.calibrate(batches)

@@ -18,7 +18,7 @@ import ppgraph
 from ppgraph import config as config_module
 from ppgraph import methods
 from ppgraph.backend import pruning_of
-from ppgraph.errors import ConfigError, GraphError, HistoryError, MethodError
+from ppgraph.errors import ConfigError, GraphError, HistoryError, InputError, MethodError
 from ppgraph.passes import Site
 from ppgraph.sensitivity import expected_losses
 from tests.reference import Reference, find_exit, masked_dense_logits
@@ -199,6 +199,16 @@ def test_without_calibration_the_widths_are_uniform() -> None:
     pruned = ppgraph.transform(llama(2), method="flap", ratio=0.25, lowering="eager", **SIZES)
     pruned(**FOUR[0], use_cache=False)
     assert [site.kept for site in pruned.ppgraph.sites] == [64, 128, 32, 64]
+
+
+def test_flap_does_not_decide_by_one_batch() -> None:
+    pruned = ppgraph.transform(llama(2), method="flap", ratio=0.25, lowering="eager", **SIZES)
+    with pytest.raises(InputError, match=r"none that differ.*calibrate on further batches"):
+        ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    ppgraph.calibrate(pruned, CALIBRATION[1:], progress=False)
+    once = ppgraph.transform(llama(2), method="flap", ratio=0.25, lowering="eager", **SIZES)
+    ppgraph.calibrate(once, CALIBRATION, progress=False)
+    assert pruned.ppgraph.history.allocation == once.ppgraph.history.allocation != {}
 
 
 def test_new_widths_are_captured_anew() -> None:

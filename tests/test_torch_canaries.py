@@ -6,11 +6,13 @@ import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import sympy
 import torch
 from torch import nn
+from torch._inductor.async_compile import AsyncCompile
 from torch.fx import GraphModule
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -253,14 +255,18 @@ def test_inductor_options_are_those_that_torch_compile_takes() -> None:
     torch.compile(nn.ReLU(), options={"max_autotune": False})
 
 
-def test_lower_with_inductor_takes_an_aten_graph_and_options() -> None:
+def test_lower_with_inductor_takes_an_aten_graph_and_options_and_may_postpone_its_kernels() -> None:
     compiled: list[Any] = []
 
     def backend(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)
         with _torch.graph_world(_torch.fake_mode_of(fakes)):
             traced = _torch.to_aten(graph, fakes)
-            compiled.append(_torch.lower_with_inductor(traced, {"max_autotune": False}))
+            with mock.patch.object(AsyncCompile, "wait", autospec=True, side_effect=AsyncCompile.wait) as wait:
+                with _torch.kernels_compiled_meanwhile():
+                    compiled.append(_torch.lower_with_inductor(traced, {"max_autotune": False}))
+                    assert not wait.called
+                assert wait.called
         return compiled[0]
 
     torch._dynamo.reset()

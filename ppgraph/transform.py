@@ -489,11 +489,8 @@ def _require_mask(mask: object, samples: int, length: int) -> None:
             f"expected an attention_mask for {samples} samples of {length} tokens (and those of a cache), "
             f"found {list(mask.shape)}"
         )
-    if length == 1 < mask.shape[1]:
-        return  # the new token of a step of decoding is real
-    empty = (mask == 0).all(dim=1).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token")
+    if length > 1 or mask.shape[1] == 1:  # the new token of a step of decoding is real
+        _require_a_real_token(mask != 0)
 
 
 def _require_mask_by_query(mask: torch.Tensor, samples: int, length: int) -> None:
@@ -508,6 +505,15 @@ def _require_mask_by_query(mask: torch.Tensor, samples: int, length: int) -> Non
             f"expected an attention_mask [samples, heads, tokens, keys] for {samples} samples of {length} tokens, "
             f"found {list(mask.shape)}"
         )
+    if length > 1 or mask.shape[3] == 1:
+        _require_a_real_token(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
+
+
+def _require_a_real_token(visible: torch.Tensor) -> None:
+    """Something that a mask [B, ...] leaves visible, of each sample."""
+    empty = (~visible.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"attention_mask hides every token of sample {empty[0]}; each needs at least one real token")
 
 
 def _require_known_ids(ids: torch.Tensor, model: nn.Module) -> None:

@@ -39,6 +39,13 @@ def causal(samples: int = 3, length: int = 16) -> torch.Tensor:
     return torch.ones(samples, 1, length, length, dtype=torch.bool).tril()
 
 
+def added_to_scores(visible: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+
+
+FIRST_TWO = torch.tensor([True, True, False])[:, None, None, None]  # samples that see something
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("ids of bool", {"input_ids": IDS.bool()}, r"\(int64 or int32\), found torch.bool \[3, 16\]"),
     ("ids of int8", {"input_ids": IDS.to(torch.int8)}, r"\(int64 or int32\), found torch.int8"),
@@ -60,6 +67,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "a mask in a dict",
         {"input_ids": IDS, "attention_mask": {"full_attention": causal(2)}},
         r"found \[2, 1, 16, 16\]",
+    ),
+    (
+        "a mask by query that hides a sample",
+        {"input_ids": IDS, "attention_mask": causal() & FIRST_TWO},
+        "hides every token of sample 2",
+    ),
+    (
+        "numbers that hide a sample",
+        {"input_ids": IDS, "attention_mask": added_to_scores(causal() & FIRST_TWO)},
+        "hides every token of sample 2",
     ),
     ("a list for a mask", {"input_ids": IDS, "attention_mask": [[1] * 16] * 3}, "as a tensor, found list"),
 ]

@@ -40,13 +40,13 @@ name = "local"
 
 
 def copied(folder: Path) -> Path:
-    """The tracked files of the work tree, in a folder of their own."""
+    """The tracked files of the work tree, in a folder of their own; over what a run that was killed has left there."""
     copy = folder / "tree"
-    if not copy.exists():
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=record.ROOT, capture_output=True, check=True)  # noqa: S607
-        for name in filter(None, files.stdout.decode().split("\0")):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(record.ROOT / name, copy / name, follow_symlinks=False)
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=record.ROOT, capture_output=True, check=True)  # noqa: S607
+    for name in filter(None, files.stdout.decode().split("\0")):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).unlink(missing_ok=True)
+        shutil.copy2(record.ROOT / name, copy / name, follow_symlinks=False)
     return copy
 
 

@@ -59,9 +59,9 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
 
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:
     # Not on GPUs: what waits there also tells Inductor's cache on disk which kernels belong to a graph.
-    alone = len(modules) == 1 or any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
+    elsewhere = any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
     try:
-        with contextlib.nullcontext() if alone else _torch.kernels_compiled_meanwhile():
+        with contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile():
             return [_torch.lower_with_inductor(module, options) for module in modules]
     except RuntimeError as error:
         found = textwrap.shorten(str(error), 300, placeholder=" ...")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -86,3 +87,18 @@ def test_what_inductor_cannot_compile_is_told_from_what_the_model_does_not_take(
         pruned(**prompts(3, 11, padded=False), use_cache=False)
     assert pruned.ppgraph.graphs == []
     assert not pruned.ppgraph.history.seen.any()
+
+
+def test_a_kernel_that_fails_after_its_graph_was_planned_is_told_the_same(
+    compiled: list[GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def failing() -> Iterator[None]:
+        yield
+        raise RuntimeError("no room for g++")
+
+    monkeypatch.setattr(_torch, "kernels_compiled_meanwhile", failing)
+    pruned = ppgraph.transform(model(2), **{**OPTIONS, "lowering": "inductor"})
+    with pytest.raises(LoweringError, match=r"expected Inductor to compile the pruned graph; found: no room for g\+\+"):
+        pruned(**prompts(3, 11, padded=False), use_cache=False)
+    assert pruned.ppgraph.graphs == []

@@ -85,6 +85,8 @@ def main() -> None:
     settings = {"timeout": options.timeout, "copy": copy, "python": sys.executable, "tests": " ".join(options.tests)}
     config.write_text(CONFIG.format(**settings))
     program, start = [sys.executable, "-m", "cosmic_ray.cli"], time.monotonic()
+    # Tests that fail without a mutation would kill every one.
+    subprocess.run([*program, "baseline", str(config)], cwd=copy, check=True)
     if not session.exists():
         subprocess.run([*program, "init", str(config), str(session)], cwd=copy, check=True)
     mutations = sampled(session, options.sample, options.seed)

@@ -45,6 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add_arguments(parser, batch=1, repeats=15)
     parser.add_argument("--steps", type=int, default=32, help="tokens a sample and round")
+    parser.add_argument("--cuda-graphs", action="store_true", help="compile all with CUDA graphs")
     parser.add_argument("--cache", choices=("static", "dynamic"), default="static", help="kind of KV cache")
     return parser.parse_args(arguments)
 
@@ -97,11 +98,12 @@ def all_decodings(args: argparse.Namespace) -> dict[str, Decoding]:
     """The three variants with one prompt of random tokens, not compiled yet."""
     dense = dense_model(args, args.device, "sdpa")
     config = prune_config(args)
-    static, pruned = static_model(dense, config), ppgraph.transform(dense, config)
+    options = {"triton.cudagraphs": args.cuda_graphs}
+    static, pruned = static_model(dense, config), ppgraph.transform(dense, config, lowering=options)
     prompt = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
     return {
-        "dense": Decoding(args, dense, torch.compile(dense), prompt),
-        "static": Decoding(args, static, torch.compile(static), prompt),
+        "dense": Decoding(args, dense, torch.compile(dense, options=options), prompt),
+        "static": Decoding(args, static, torch.compile(static, options=options), prompt),
         "ppgraph": Decoding(args, pruned, pruned, prompt),
     }
 

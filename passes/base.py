@@ -403,11 +403,12 @@ class Builder:
         earlier = self(aten.lt.Tensor, self(aten.unsqueeze.default, index, 0), self(aten.unsqueeze.default, index, 1))
         tied = self(aten.logical_and.default, self(aten.eq.Tensor, other, own), earlier)
         better = self(aten.logical_or.default, self(aten.gt.Tensor, other, own), tied)
-        chosen = self(aten.lt.Scalar, self(aten.sum.dim_IntList, better, [1]), count)
+        rank = self(aten.sum.dim_IntList, better, [1], dtype=torch.int32)
+        chosen = self(aten.lt.Scalar, rank, count)
         place = self(aten.clamp_max.default, self(aten.sub.Scalar, self(aten.cumsum.default, chosen, 0), 1), count)
         place = self.where(chosen, place, count)  # a place behind the last for those that are not chosen
         memory = self(aten.zeros.default, [self(operator.add, count, 1)], dtype=torch.int64, device=device)
-        filled = self(aten.scatter.src, memory, 0, place, index)
+        filled = self(aten.index_copy.default, memory, 0, place, index)  # Inductor has no kernel for scatter of int64
         pieces = self(aten.split_with_sizes.default, filled, [count, 1])
         return self(operator.getitem, pieces, 0)  # type: ignore[no-any-return]
 

@@ -4,12 +4,16 @@ The products before a block's exit act on each row (one token of one sample) alo
 holds in full inference too, for the channels that are kept; so the full products run on the other rows, and the
 probe's rows are put behind them. Where all up to the exit acts on rows alone (an MLP), so does the exit, and the rows
 go back into the batch's order after it; elsewhere (attention) after each linear.
+
+Putting rows in order costs the more, the more of them were not probed, and the saving grows with those that were: where
+few were, all rows are computed again.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,12 +28,16 @@ from ppgraph.passes.token_axes import Sampling
 
 aten = torch.ops.aten
 
+# Of a batch's rows; measured on CPUs and an H100 (benchmarks/NOTES.md).
+WORTHWHILE_SHARE = Fraction(1, 20)
+
 
 class ReuseProbe:
     """Makes the linears of each probed block run on the rows that were not probed.
 
-    What cannot be followed row by row is left as it is: the result is the same, only the saving differs. The exit is
-    copied with the weight that it has, so `compensate_exit` runs before.
+    Where no more than `WORTHWHILE_SHARE` of the rows are probed nothing is changed; a graph for such batches is guarded
+    on being one. What cannot be followed row by row is left as it is: the result is the same, only the saving differs.
+    The exit is copied with the weight that it has, so `compensate_exit` runs before.
 
     Leaves in `program.shared`, for each site whose exit runs by rows, `("rows", name)`: a `RowPieces`.
     """
@@ -41,12 +49,24 @@ class ReuseProbe:
         outcome = PassResult()
         for site in program.scored_sites:
             probe: Probe | None = program.shared.get(("probe", site.name))
-            if probe is not None:
+            if probe is not None and _is_worthwhile(program, probe.sampling, program.analysis[site.name].stream):
                 build = Builder(program, program.shared["exit", site.name], self.name)
                 _reuse(program, build, site, probe, outcome)
                 outcome.inserted += build.inserted
         sort_topologically(program.graph)
         return outcome
+
+
+def _is_worthwhile(program: Program, sampling: Sampling, stream: Node) -> bool:
+    """Whether enough rows are probed, by the batch's samples: tokens are about the configured share of a sample's."""
+    share = Fraction(str(program.config.probe_tokens))
+    probed, samples = number(sampling.sample_count) * share.numerator, shape_of(stream)[0] * share.denominator
+    return bool(probed * WORTHWHILE_SHARE.denominator > samples * WORTHWHILE_SHARE.numerator)
+
+
+def number(size: Any) -> Any:
+    """An int or symbolic number, or the one that a node computes."""
+    return size.meta["val"] if isinstance(size, Node) else size
 
 
 def _reuse(program: Program, build: Builder, site: Site, probe: Probe, outcome: PassResult) -> None:

@@ -77,6 +77,7 @@ __all__ = [
     "traced_code",
     "traced_module",
     "unset_fake_temporarily",
+    "wants_cuda_graphs",
     "wrapper_of",
 ]
 
@@ -164,6 +165,13 @@ def inductor_options() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(config.get_config_copy()) - {"_raise_error_for_testing"}
+
+
+def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether options of Inductor, or its settings for the process, ask for CUDA graphs on a device that has them."""
+    from torch._inductor import config
+
+    return device.type == "cuda" and bool(options.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Any]]:

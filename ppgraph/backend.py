@@ -32,7 +32,8 @@ def ppgraph_backend(
         module: Dynamo's graph.
         inputs: Its example inputs.
         options: Fields of `PruneConfig`, and Inductor's own options (which may not be combined with `mode`).
-        mode: A mode of `torch.compile`, such as `"max-autotune-no-cudagraphs"`; on GPUs none with CUDA graphs.
+        mode: A mode of `torch.compile`. Those with CUDA graphs, such as `"reduce-overhead"`, record steps of decoding,
+            not prompts.
 
     Raises:
         ConfigError: an option that neither knows, or an unknown mode.

@@ -60,6 +60,8 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:
     # Not on GPUs: what waits there also tells Inductor's cache on disk which kernels belong to a graph.
     elsewhere = any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
+    # Steps are recorded in `ppgraph.replay`; graphs with a prompt's shapes are not.
+    options = {**options, "triton.cudagraphs": False}
     try:
         with contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile():
             return [_torch.lower_with_inductor(module, options) for module in modules]
@@ -97,7 +99,7 @@ def _parts(program: Program) -> Callable[[Node], int]:
 
 def _nodes_without_stream(program: Program) -> list[Node]:
     """Calls that can move to the graph's start: made of inputs that nothing writes to, by operators without effects."""
-    written = {node.args[0] for node in program.graph.nodes if _writes(node)}
+    written = _written(program)
     found: dict[Node, None] = dict.fromkeys(node for node in program.placeholders() if node not in written)
     for node in program.graph.nodes:
         movable = node.op == "call_function" and not _writes(node) and node not in program.cuts and node not in written
@@ -108,6 +110,23 @@ def _nodes_without_stream(program: Program) -> list[Node]:
 
 def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written_inputs(program: Program) -> frozenset[int]:
+    """Places of the inputs that the graph may write to, through views of them too."""
+    written = _written(program)
+    return frozenset(place for place, node in enumerate(program.placeholders()) if node in written)
+
+
+def _written(program: Program) -> set[Node]:
+    """What the graph's operators write to, and what that is made of: a view is made of its first operand."""
+    found: set[Node] = set()
+    for node in filter(_writes, program.graph.nodes):
+        for argument, described in zip(node.args, node.target._schema.arguments, strict=False):
+            while described.is_write and isinstance(argument, Node) and argument not in found:
+                found.add(argument)
+                argument = next(iter(argument.args), None)
+    return found
 
 
 def _give_tuple(call: Node, part: GraphModule) -> None:

@@ -20,7 +20,6 @@ from ppgraph import _torch
 from ppgraph.capture import capture
 from ppgraph.config import PruneConfig, layer_ratio
 from ppgraph.errors import (
-    ConfigError,
     DecodeError,
     GraphError,
     MethodError,
@@ -31,12 +30,13 @@ from ppgraph.errors import (
 from ppgraph.inspect import rates as device_rates
 from ppgraph.inspect.dump import observers
 from ppgraph.interrupts import interrupts_held_back
-from ppgraph.lowering import Compiled, lower
+from ppgraph.lowering import Compiled, lower, written_inputs
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
+from ppgraph.replay import Replayed
 from ppgraph.selections import SelectionStatistics
 from ppgraph.sharding import Share, local_values, share_of
 from ppgraph.state import History
@@ -155,7 +155,6 @@ class Runtime:
         """
         start = time.perf_counter()
         values = _torch.placeholder_values(module)
-        refuse_cuda_graphs(self.options, values)
         with _torch.graph_world(_torch.fake_mode_of(values)):
             program, _ = capture(module, self.config)
             program.allocation = self.history.kept_here()
@@ -348,9 +347,12 @@ class Runtime:
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
             return program.module
-        if phase in ("reuse", "dense"):  # a step of one token is over sooner than the calls that cuts make
-            program.cuts.clear()
-        return lower(program, self.options)
+        if phase not in ("reuse", "dense"):
+            return lower(program, self.options)
+        program.cuts.clear()  # a step of one token is over sooner than the calls that cuts make
+        replays, written = _torch.wants_cuda_graphs(self.options, _device(program)), written_inputs(program)
+        step = lower(program, self.options)
+        return Replayed(step, written) if replays else step
 
 
 class GraphRunner:
@@ -372,7 +374,7 @@ class GraphRunner:
         self._takes_shares = bool(program.sharded)
         placeholders = program.placeholders()
         self._parameter_places = {placeholders.index(node) for node in program.parameters}
-        self._units_of: tuple[Selection | None, dict[str, torch.Tensor]] = (None, {})
+        self._units_of: dict[str, tuple[Selection, torch.Tensor]] = {}
         self._packing_places = [placeholders.index(node) for node in program.packing.inputs] if program.packing else []
         blocks = {name: program.analysis[name] for name in self._sites}
         self._weights = {name: (placeholders.index(block.weight), block.weight_dim) for name, block in blocks.items()}
@@ -471,20 +473,20 @@ class GraphRunner:
         return self._constants[index]
 
     def _units(self, site: str) -> torch.Tensor:
-        """The kept units [U'] of the selection to reuse; those of the last selection are kept."""
+        """The kept units [U'] of the selection to reuse, in the same memory for every selection."""
         selection = self._runtime.selection_to_reuse()
-        if self._units_of[0] is not selection:
-            self._units_of = (selection, {})
-        units = self._units_of[1]
-        if site not in units:
+        known = self._units_of.get(site)
+        if known is None or known[0] is not selection:
             if site not in selection.channels:
                 raise DecodeError(
                     f"the prompt's graph left {site} dense, while this step's graph prunes it; expected graphs that "
                     "agree. Decode with ppgraph.transform, which compiles a step for each"
                 )
             block = self._sites[site].block
-            units[site] = selection.channels[site][::block] // block
-        return units[site]
+            with torch.inference_mode(False), torch.no_grad():
+                units = selection.channels[site][::block] // block
+                known = self._units_of[site] = (selection, units if known is None else known[1].copy_(units))
+        return known[1]
 
     def _packed(self, values: Sequence[Any]) -> Sequence[torch.Tensor]:
         assert self._packing is not None
@@ -504,17 +506,6 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results)
             self._runtime.statistics.add(results, self._runtime.sites or [])
-
-
-def refuse_cuda_graphs(options: Mapping[str, Any], inputs: Sequence[Any]) -> None:
-    """Raise ConfigError where Inductor's options ask for CUDA graphs and an input is not on a CPU."""
-    places = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
-    if options.get("triton.cudagraphs") and places != {"cpu"}:
-        raise ConfigError(
-            "CUDA graphs (triton.cudagraphs, as the modes reduce-overhead and max-autotune set it) are not "
-            "supported: Inductor crashed with them on a step of decoding (torch 2.11, H100). Use the default mode "
-            "or max-autotune-no-cudagraphs"
-        )
 
 
 def shares_of(program: Program) -> dict[str, Share]:

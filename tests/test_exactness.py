@@ -110,7 +110,8 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
     ids=str,
 )
 def test_other_configs_equal_the_reference(config: dict[str, Any]) -> None:
-    compare(llama(2, layers=1), FOUR[:3], ratio=0.4, **{**SIZES, "skip_layers": 0}, **config)
+    batches = [*FOUR[:2], batch(6, 11)]
+    compare(llama(2, layers=1), batches, ratio=0.4, **{**SIZES, "skip_layers": 0}, **config)
 
 
 def test_the_ratio_as_given_equals_the_reference() -> None:
@@ -190,11 +191,15 @@ def test_half_precision_keeps_fp32_statistics(dtype: torch.dtype) -> None:
     assert set(half.ppgraph.selection()) == set(exact.ppgraph.selection())
 
 
-def test_one_graph_serves_all_shapes() -> None:
+def test_a_graph_that_reuses_the_probe_and_one_for_many_samples_serve_all_shapes() -> None:
     pruned = ppgraph.transform(llama(2), ratio=0.4, lowering="eager", **SIZES)
-    for samples, length in ((3, 16), (2, 9), (30, 20), (50, 3), (21, 64)):
+    for samples, length in ((3, 16), (2, 9), (30, 20), (50, 3), (21, 64), (9, 5), (10, 5)):
         pruned(**batch(samples, length), use_cache=False)
-    assert [graph.phase for graph in pruned.ppgraph.graphs] == ["prefill"]
+    few, many = (
+        {node.meta.get("ppgraph_pass") for node in graph.rewritten.graph.nodes} for graph in pruned.ppgraph.graphs
+    )
+    assert "reuse_probe" in few
+    assert "reuse_probe" not in many
 
 
 @pytest.mark.parametrize("first", [(6, 6), (3, 9)])

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ppgraph
+from ppgraph import _torch, runtime
 from ppgraph.errors import DecodeError
+from ppgraph.replay import Replayed
 from ppgraph.runtime import cache_of
 from tests.reference import find_exit, masked_dense_logits
+from tests.test_replay import Recorder
 
 NEW_TOKENS = 8
 OPTIONS = {"ratio": 0.4, "skip_layers": 0, "width_multiple": 8, "lowering": "eager"}
@@ -89,6 +92,21 @@ def test_generate_equals_the_masked_dense_model_token_by_token(kv_heads: int, ca
         selection = pruned.ppgraph.selection()
         assert set(selection) == {site.name for site in pruned.ppgraph.sites if site.status == "pruned"}
         assert torch.equal(tokens, greedy_without_cache(dense, selection, inputs))
+
+
+@pytest.mark.parametrize(("cache", "replays"), [("static", 10), ("dynamic", 0)])
+def test_steps_into_memory_that_stays_are_replayed(cache: str, replays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, dense = Recorder(), model(2)
+    monkeypatch.setattr(_torch, "wants_cuda_graphs", lambda options, device: True)
+    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
+    monkeypatch.setattr(runtime, "Replayed", lambda step, written: Replayed(step, written, recorder))
+    pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
+    wanted = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    for padded in (True, False):
+        inputs, before = prompts(3, 11, padded=padded), recorder.replayed
+        tokens = pruned.generate(**inputs, **wanted)
+        assert recorder.replayed == before + replays  # all steps but the first
+        assert torch.equal(tokens, MaskedTwin(dense, pruned.ppgraph.selection()).model.generate(**inputs, **wanted))
 
 
 def test_a_prefill_chooses_the_same_with_and_without_a_cache() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ppgraph
-from ppgraph.errors import ConfigError
 from tests.fuzzing import real_tokens
 from tests.reference import masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, llama, relative
@@ -48,7 +47,16 @@ def test_generate_gives_the_tokens_of_the_eager_graphs(cache: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_cuda_graphs_are_refused() -> None:
-    pruned = ppgraph.transform(model(2).cuda(), **{**OPTIONS, "lowering": {"triton.cudagraphs": True}})
-    with pytest.raises(ConfigError, match=r"CUDA graphs .* are not supported"):
-        pruned(**on_gpu(prompts(2, 5, padded=False)))
+def test_steps_are_replayed_as_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    dense = model(2, layers=1).cuda()
+    wanted = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    eager = ppgraph.transform(dense, **OPTIONS)
+    pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": {"triton.cudagraphs": True}})
+    for prompt in (prompts(3, 11, padded=True), prompts(3, 11, padded=False)):
+        before = len(replays)
+        inputs = on_gpu(prompt)
+        assert torch.equal(pruned.generate(**inputs, **wanted), eager.generate(**inputs, **wanted))
+        assert len(replays) >= before + 10

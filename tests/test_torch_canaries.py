@@ -255,6 +255,16 @@ def test_inductor_options_are_those_that_torch_compile_takes() -> None:
     torch.compile(nn.ReLU(), options={"max_autotune": False})
 
 
+def test_modes_with_cuda_graphs_and_the_setting_of_the_process_ask_for_them() -> None:
+    gpu, modes = torch.device("cuda:0"), torch._inductor.list_mode_options
+    assert _torch.wants_cuda_graphs(modes("reduce-overhead"), gpu)
+    assert not _torch.wants_cuda_graphs(modes("reduce-overhead"), torch.device("cpu"))
+    assert not _torch.wants_cuda_graphs(modes("max-autotune-no-cudagraphs"), gpu)
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert _torch.wants_cuda_graphs({}, gpu)
+        assert not _torch.wants_cuda_graphs({"triton.cudagraphs": False}, gpu)
+
+
 def test_lower_with_inductor_takes_an_aten_graph_and_options_and_may_postpone_its_kernels() -> None:
     compiled: list[Any] = []
 

@@ -460,9 +460,14 @@ def dynamo_settings() -> Iterator[None]:
 
     Floats of the config are constants (as symbols they compile twice). Sizes that happen to be equal, such as samples
     and tokens of a square batch, have a symbol each: with duck shapes one would stand for both. Each kind of call (with
-    a mask or without, of one sample, into which cache) has a graph, of which `recompile_limit` would allow 8.
+    a mask or without, of one sample, into which cache) has a graph, of which `recompile_limit` would allow 8. Filling
+    the cache of fake tensors takes longer than it saves.
     """
     config = torch._dynamo.config
-    limit = config.accumulated_recompile_limit
-    with config.patch(specialize_float=True, recompile_limit=limit), _symbolic_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    settings = {
+        "specialize_float": True,
+        "recompile_limit": config.accumulated_recompile_limit,
+        "fake_tensor_cache_enabled": False,
+    }
+    with config.patch(settings), _symbolic_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield

@@ -106,10 +106,14 @@ class _CudaGraphs:
 
     def __call__(self, step: Step, inputs: Sequence[Any]) -> tuple[Callable[[], None], Sequence[Any]]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        device = next(value.device for value in inputs if isinstance(value, Tensor))
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating; what they do is none of the recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = step(*inputs)
+        with torch.cuda.device(device):
+            # Its own stream, for the default one stays on the device that recorded first. Other threads may go on
+            # allocating; what they do is none of the recording.
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                results = step(*inputs)
         return graph.replay, list(results)
 
 

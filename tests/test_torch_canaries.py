@@ -365,11 +365,12 @@ def test_fresh_function_has_graphs_of_its_own() -> None:
     assert len(compilations) == 20
 
 
-def test_dynamo_settings_make_floats_constants() -> None:
-    placeholders: list[int] = []
+def test_dynamo_settings_make_floats_constants_and_cache_no_fake_values() -> None:
+    placeholders, caches = [], []
 
     def backend(graph: GraphModule, values: list[Any]) -> Any:
         placeholders.append(len(values))
+        caches.append(_torch.fake_mode_of(_torch.placeholder_values(graph)).cache_enabled)
         return graph
 
     torch._dynamo.reset()
@@ -380,6 +381,7 @@ def test_dynamo_settings_make_floats_constants() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x, factor: x * factor, backend=backend, dynamic=True)(torch.ones(2, 3), 0.5)
     assert placeholders[1] == without_sizes + 1
+    assert caches == [False, True]
 
 
 def test_own_symbols_make_dynamo_trace_again() -> None:

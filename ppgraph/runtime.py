@@ -350,7 +350,9 @@ class Runtime:
         if phase not in ("reuse", "dense"):
             return lower(program, self.options)
         program.cuts.clear()  # a step of one token is over sooner than the calls that cuts make
-        replays, written = _torch.wants_cuda_graphs(self.options, _device(program)), written_inputs(program)
+        # Nobody has recorded what ranks exchange yet.
+        replays = _torch.wants_cuda_graphs(self.options, _device(program)) and not program.sharded
+        written = written_inputs(program)
         step = lower(program, self.options)
         return Replayed(step, written) if replays else step
 

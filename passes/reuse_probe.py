@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ppgraph._torch import hint
 from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe
@@ -35,8 +36,9 @@ WORTHWHILE_SHARE = Fraction(1, 20)
 class ReuseProbe:
     """Makes the linears of each probed block run on the rows that were not probed.
 
-    Where no more than `WORTHWHILE_SHARE` of the rows are probed nothing is changed; a graph for such batches is guarded
-    on being one. What cannot be followed row by row is left as it is: the result is the same, only the saving differs.
+    Where no more than `WORTHWHILE_SHARE` of the rows are probed in the batch that the graph is captured from, nothing
+    is changed. Either graph serves batches of all shapes. What cannot be followed row by row is left as it is: the
+    result is the same, only the saving differs.
     The exit is copied with the weight that it has, so `compensate_exit` runs before.
 
     Leaves in `program.shared`, for each site whose exit runs by rows, `("rows", name)`: a `RowPieces`.
@@ -59,9 +61,10 @@ class ReuseProbe:
 
 def _is_worthwhile(program: Program, sampling: Sampling, stream: Node) -> bool:
     """Whether enough rows are probed, by the batch's samples: tokens are about the configured share of a sample's."""
-    share = Fraction(str(program.config.probe_tokens))
-    probed, samples = number(sampling.sample_count) * share.numerator, shape_of(stream)[0] * share.denominator
-    return bool(probed * WORTHWHILE_SHARE.denominator > samples * WORTHWHILE_SHARE.numerator)
+    probed, samples = (hint(number(size)) for size in (sampling.sample_count, shape_of(stream)[0]))
+    if probed is None or samples is None:
+        return True
+    return probed * Fraction(str(program.config.probe_tokens)) > samples * WORTHWHILE_SHARE
 
 
 def number(size: Any) -> Any:

@@ -58,6 +58,7 @@ __all__ = [
     "fresh_function",
     "graph_world",
     "graphs_left",
+    "hint",
     "inductor_options",
     "is_wrapped",
     "kernels_compiled_meanwhile",
@@ -410,6 +411,13 @@ def bounds(size: torch.SymInt) -> tuple[Any, Any]:
     """The lowest and the highest value that Dynamo takes a size to have."""
     known = size.node.shape_env.bound_sympy(size.node.expr)
     return known.lower, known.upper
+
+
+def hint(size: int | torch.SymInt) -> int | None:
+    """What a size is in the call that is being captured; None where only running tells. Adds no guard."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def fresh_function(template: types.FunctionType) -> types.FunctionType:

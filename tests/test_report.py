@@ -49,10 +49,16 @@ def test_flops_are_of_the_last_batch(pruned: LlamaForCausalLM) -> None:
     pruned(**batch(**INPUTS), use_cache=False)
 
 
-def test_probe_and_pruned_flops_add_up_from_the_widths(pruned: LlamaForCausalLM) -> None:
-    """Against a closed form: every product of the two pruned layers, at its kept width, but for the probe's rows."""
-    found = pruned.ppgraph.report().to_dict()
-    samples, tokens = INPUTS["samples"], INPUTS["length"]
+@pytest.mark.parametrize(("samples", "reuses"), [(9, True), (20, False)])
+def test_probe_and_pruned_flops_add_up_from_the_widths(pruned: LlamaForCausalLM, samples: int, reuses: bool) -> None:
+    """Against a closed form: every product of the two pruned layers, at its kept width, but for the probe's rows.
+
+    They are left out in a graph whose first batch probes more than a twentieth of its rows.
+    """
+    if reuses:
+        pruned = ppgraph.transform(llama(pruned.config.num_key_value_heads, layers=3), **OPTIONS)
+        pruned(**batch(samples, INPUTS["length"]), use_cache=False)
+    found, tokens = pruned.ppgraph.report().to_dict(), INPUTS["length"]
     sites = [site for site in pruned.ppgraph.sites if site.status == "pruned"]
     kv = 2 * 16 * pruned.config.num_key_value_heads  # channels of keys and values together
     is_mha = pruned.config.num_key_value_heads == 4
@@ -65,14 +71,14 @@ def test_probe_and_pruned_flops_add_up_from_the_widths(pruned: LlamaForCausalLM)
         products = rows * 64 * (4 if is_mha else 2)  # q, o, and with MHA k, v
         return products + rows * tokens * 2  # scores and values
 
-    probe_tokens = tokens // 2  # of one sample of twenty
+    probe_tokens = tokens // 2  # of one sample
 
     def reused(kept: int, kind: str) -> int:
         outputs = 2 * kept if kind == "mlp" else 3 * kept if is_mha else kept + kv
         return 2 * probe_tokens * 64 * outputs  # gate and up, or q, k and v
 
     expected = found["flops"]["dense"] - sum(saved(site.width, site.kept, site.kind) for site in sites)
-    assert found["flops"]["pruned"] == expected - sum(reused(site.kept, site.kind) for site in sites)
+    assert found["flops"]["pruned"] == expected - reuses * sum(reused(site.kept, site.kind) for site in sites)
     layer = 2 * probe_tokens * 64 * (64 + kv + 2 * 128) + 4 * probe_tokens * probe_tokens * 64
     assert found["flops"]["probe"] == len(sites) // 2 * layer
     share = found["flops"]["probe"] / found["flops"]["dense"]

@@ -384,6 +384,22 @@ def test_dynamo_settings_make_floats_constants_and_cache_no_fake_values() -> Non
     assert caches == [False, True]
 
 
+def test_a_hint_is_what_a_size_is_in_the_captured_call() -> None:
+    hints: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        sizes = {size for value in values if isinstance(value, torch.Tensor) for size in value.shape}
+        hints.append(sorted(_torch.hint(size + 1) for size in sizes))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=True)
+    compiled(torch.ones(7, 3))
+    compiled(torch.ones(5, 4))
+    assert hints == [[4, 8]]
+    assert _torch.hint(6) == 6
+
+
 def test_own_symbols_make_dynamo_trace_again() -> None:
     sizes: list[list[Any]] = []
 

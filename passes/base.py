@@ -272,7 +272,7 @@ class Builder:
         flat, spec = tree_flatten(operands)
         places = [index for index, operand in enumerate(flat) if isinstance(operand, Node)]
         nodes = [flat[index] for index in places]
-        values = [operand.meta["val"] if isinstance(operand, Node) else operand for operand in flat]
+        values = [value_of(operand) for operand in flat]
         known = self.program.shared.setdefault("traced", {})
         key = (function, str(spec), signature(values))
         if key not in known:
@@ -456,6 +456,11 @@ def _is_computable(formula: Any, sources: dict[Any, tuple[Node, int | None]]) ->
     if formula in sources or formula.is_Integer:
         return True
     return (formula.is_Add or formula.is_Mul) and all(_is_computable(part, sources) for part in formula.args)
+
+
+def value_of(operand: Any) -> Any:
+    """The fake value of a node; anything else is its own."""
+    return operand.meta["val"] if isinstance(operand, Node) else operand
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:

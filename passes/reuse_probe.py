@@ -20,7 +20,7 @@ import torch
 from torch.fx import Node
 
 from ppgraph._torch import hint
-from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, same_size, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, same_size, shape_of, value_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe
 from ppgraph.passes.operators import is_linear, is_pointwise, is_product, is_reshape, is_slice, linear_activations
@@ -38,8 +38,8 @@ class ReuseProbe:
 
     Where no more than `WORTHWHILE_SHARE` of the rows are probed in the batch that the graph is captured from, nothing
     is changed. Either graph serves batches of all shapes. What cannot be followed row by row is left as it is: the
-    result is the same, only the saving differs.
-    The exit is copied with the weight that it has, so `compensate_exit` runs before.
+    result is the same, only the saving differs. The exit is copied with the weight that it has, so `compensate_exit`
+    runs before.
 
     Leaves in `program.shared`, for each site whose exit runs by rows, `("rows", name)`: a `RowPieces`.
     """
@@ -61,15 +61,10 @@ class ReuseProbe:
 
 def _is_worthwhile(program: Program, sampling: Sampling, stream: Node) -> bool:
     """Whether enough rows are probed, by the batch's samples: tokens are about the configured share of a sample's."""
-    probed, samples = (hint(number(size)) for size in (sampling.sample_count, shape_of(stream)[0]))
+    probed, samples = (hint(value_of(size)) for size in (sampling.sample_count, shape_of(stream)[0]))
     if probed is None or samples is None:
         return True
     return probed * Fraction(str(program.config.probe_tokens)) > samples * WORTHWHILE_SHARE
-
-
-def number(size: Any) -> Any:
-    """An int or symbolic number, or the one that a node computes."""
-    return size.meta["val"] if isinstance(size, Node) else size
 
 
 def _reuse(program: Program, build: Builder, site: Site, probe: Probe, outcome: PassResult) -> None:

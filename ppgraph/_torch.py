@@ -175,11 +175,11 @@ def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
     return device.type == "cuda" and bool(options.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
-def lower_with_inductor(module: GraphModule, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Any]]:
+def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
     values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
     with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
-        compiled = compile_fx(module, values, config_patches=dict(options) if options else None)
+        compiled = compile_fx(module, values, config_patches=dict(options))
     assert callable(compiled)
     return compiled
 

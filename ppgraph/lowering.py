@@ -22,6 +22,7 @@ from torch.fx.passes.split_module import split_module
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
 from ppgraph.passes.base import Program, signature
+from ppgraph.passes.operators import argument
 
 log = logging.getLogger("ppgraph")
 
@@ -122,10 +123,11 @@ def _written(program: Program) -> set[Node]:
     """What the graph's operators write to, and what that is made of: a view is made of its first operand."""
     found: set[Node] = set()
     for node in filter(_writes, program.graph.nodes):
-        for argument, described in zip(node.args, node.target._schema.arguments, strict=False):
-            while described.is_write and isinstance(argument, Node) and argument not in found:
-                found.add(argument)
-                argument = next(iter(argument.args), None)
+        for place, described in enumerate(node.target._schema.arguments):
+            written = argument(node, place, described.name) if described.is_write else None
+            while isinstance(written, Node) and written not in found:
+                found.add(written)
+                written = next(iter(written.args), None)
     return found
 
 
@@ -154,12 +156,12 @@ def structure(part: GraphModule) -> tuple[Any, ...]:
             return ("number", *_torch.bounds(value))
         return signature(value)
 
-    def described(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            return ("node", places[argument])
-        if isinstance(argument, (list, tuple)):
-            return tuple(map(described, argument))
-        return signature(argument)
+    def described(operand: Any) -> Any:
+        if isinstance(operand, Node):
+            return ("node", places[operand])
+        if isinstance(operand, (list, tuple)):
+            return tuple(map(described, operand))
+        return signature(operand)
 
     return tuple(
         ("input", given(node.meta["val"]))

@@ -351,10 +351,10 @@ class Runtime:
             return lower(program, self.options)
         program.cuts.clear()  # a step of one token is over sooner than the calls that cuts make
         # Nobody has recorded what ranks exchange yet.
-        replays = _torch.wants_cuda_graphs(self.options, _device(program)) and not program.sharded
-        written = written_inputs(program)
-        step = lower(program, self.options)
-        return Replayed(step, written) if replays else step
+        if program.sharded or not _torch.wants_cuda_graphs(self.options, _device(program)):
+            return lower(program, self.options)
+        written = written_inputs(program)  # lowering takes the graph
+        return Replayed(lower(program, self.options), written)
 
 
 class GraphRunner:

@@ -110,8 +110,7 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
     ids=str,
 )
 def test_other_configs_equal_the_reference(config: dict[str, Any]) -> None:
-    batches = [*FOUR[:2], batch(6, 11)]
-    compare(llama(2, layers=1), batches, ratio=0.4, **{**SIZES, "skip_layers": 0}, **config)
+    compare(llama(2, layers=1), FOUR[:3], ratio=0.4, **{**SIZES, "skip_layers": 0}, **config)
 
 
 def test_the_ratio_as_given_equals_the_reference() -> None:
@@ -195,7 +194,7 @@ def test_half_precision_keeps_fp32_statistics(dtype: torch.dtype) -> None:
 def test_one_graph_serves_all_shapes_whether_it_reuses_the_probe(first: tuple[int, int], reuses: bool) -> None:
     model = llama(2)
     pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
-    for samples, length in (first, (3, 16), (2, 9), (30, 20), (50, 3)):
+    for samples, length in (first, (3, 16), (2, 9), (30, 20), (50, 3), (21, 64)):
         inputs = batch(samples, length)
         logits = pruned(**inputs, use_cache=False).logits
         assert relative(logits, masked_dense_logits(model, pruned.ppgraph.selection(), **inputs)) < 1e-5

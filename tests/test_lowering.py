@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 import ppgraph
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.lowering import structure
+from ppgraph.lowering import structure, written_inputs
+from ppgraph.passes.base import Program
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
 from tests.test_generate import OPTIONS, cached, model, prompts
@@ -49,6 +50,17 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
         expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert 0 < counts[0] == counts[1]
+
+
+def test_inputs_that_a_graph_writes_to_are_told_through_views_too() -> None:
+    graph, aten = Graph(), torch.ops.aten
+    token, cache, counter, weight = (graph.placeholder(name) for name in ("token", "cache", "counter", "weight"))
+    view = graph.call_function(aten.slice.Tensor, (graph.call_function(aten.select.int, (cache, 0, 1)), 0, 0, 2))
+    graph.call_function(aten.copy_.default, (view, token))
+    graph.call_function(aten.add_.Tensor, kwargs={"self": counter, "other": token})
+    graph.output((graph.call_function(aten.mul.Tensor, (weight, token)),))
+    program = Program(GraphModule(torch.nn.Module(), graph), ppgraph.PruneConfig(), {})
+    assert written_inputs(program) == {1, 2}
 
 
 def sorts_scores(part: GraphModule) -> bool:

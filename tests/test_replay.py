@@ -101,8 +101,7 @@ def test_a_cache_that_moves_with_each_step_is_never_recorded() -> None:
 
 
 def test_steps_with_tensors_in_two_places_are_never_recorded() -> None:
-    run, recorder = replayed()
-    elsewhere = torch.empty(2, device="meta")
+    recorder, elsewhere = Recorder(), torch.empty(2, device="meta")
     run = Replayed(lambda token, other: (token + 1,), frozenset(), recorder)
     for _ in range(3):
         run(TOKEN, elsewhere)

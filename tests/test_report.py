@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ def pruned(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 
 def dense_flops(model: LlamaForCausalLM, samples: int, length: int) -> int:
     """Counted by torch while the dense model runs eagerly."""
-    dense = LlamaForCausalLM(model.config).eval()
+    dense = LlamaForCausalLM(deepcopy(model.config)).eval()  # the pruned model is captured again where its own changes
     dense.set_attn_implementation("eager")  # of fused attention on CPUs torch counts nothing
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(**batch(samples, length), use_cache=False)

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.flop_counter import mm_flop
 
-from ppgraph._torch import expression
+from ppgraph._torch import expression, hint
 from ppgraph.passes.base import shape_of, target_name
 from ppgraph.passes.operators import is_linear, is_product, is_view, linear_bias, linear_weight
 
@@ -181,7 +181,9 @@ def _first_values(graph: Graph) -> dict[Any, int]:
         value = node.meta["val"]
         for size in (value, *shape_of(node)):
             if isinstance(size, torch.SymInt) and expression(size).is_Symbol:
-                found[expression(size)] = int(size.node.hint)
+                known = hint(size)
+                assert known is not None  # inputs had sizes
+                found[expression(size)] = known
     return found
 
 

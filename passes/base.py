@@ -126,6 +126,7 @@ class Program:
 
     `cuts`: nodes behind which a part ends that other layers repeat, so that one compilation can serve them all.
     `token_mask`: the input that says which tokens are real, [B, cached + S] or by query and key [B, H, S, keys].
+    `batch`: the sizes B and S of the ids (or embeddings) that the model is given; None where the graph has neither.
     `sharded`: of inputs that are this rank's share of a DTensor, that (fake) DTensor.
     `allocation`: units kept by site name, once an allocation has decided. `checked`: what the result `finite` has a
     flag for, in order: sites, and what other ranks hold.
@@ -135,6 +136,7 @@ class Program:
     config: PruneConfig
     parameters: dict[Node, str]
     token_mask: Node | None = None
+    batch: tuple[Any, Any] | None = None
     sites: list[Site] = field(default_factory=list)
     analysis: dict[str, Any] = field(default_factory=dict)
     state_inputs: list[StateInput] = field(default_factory=list)

@@ -185,10 +185,21 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
         if carried in branches:
             branch = branches[carried]
             carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
-        elif is_rescaling(carried):
-            carried = carried.all_input_nodes[0]
         else:
-            return None
+            rescaled = _rescaled(carried)
+            if rescaled is None:
+                return None
+            carried = rescaled
+
+
+def _rescaled(node: Node) -> Node | None:
+    """What a node treats element by element, or multiplies with one number a channel; None for all else."""
+    if is_rescaling(node):
+        return node.all_input_nodes[0]
+    if node.target not in (aten.mul.Tensor, aten.mul_.Tensor):
+        return None
+    whole = [operand for operand in node.all_input_nodes if len(shape_of(operand)) > 1]
+    return whole[0] if len(whole) == 1 and _same_shape(whole[0], node) else None
 
 
 def closing_products(branch: Branch, ancestry: Ancestry) -> list[Node]:
@@ -239,6 +250,7 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
     width, last = shape_of(operand)[-1], max(attention, key=ancestry.index.__getitem__, default=None)
     site = replace(site, width=width, units=_units(kind, width, stream, last))
     try:
+        _require_samples_first(program, stream)
         narrowing = NarrowingPlanner(program, product, operand, region, ancestry.index).run(site.block)
         if attention and not any(node in narrowing.axes for node in attention):
             raise (narrowing.stops[0] if narrowing.stops else Refusal(operand, "its channels don't come out by head"))
@@ -254,6 +266,14 @@ def _draft(program: Program, branch: Branch, product: Node, ancestry: Ancestry) 
     rows = sum(layout.channels.shape[1] for entry in narrowing.entries.values() for layout in entry.narrowed.values())
     unit_macs = shape_of(stream)[-1] * (rows + site.block)
     return replace(site, entry=tuple(entry), unit_macs=unit_macs, channel_dim=block.weight_dim), block
+
+
+def _require_samples_first(program: Program, stream: Node) -> None:
+    """Raise Refusal where the model keeps tokens ahead of samples, which would be taken for one another."""
+    if program.batch is None or all(map(same_size, shape_of(stream)[:2], program.batch)):
+        return
+    if all(map(same_size, shape_of(stream)[:2], reversed(program.batch))):
+        raise Refusal(stream, "the residual stream is [tokens, samples, hidden]; pruning needs samples ahead of tokens")
 
 
 def _why_no_exit(product: Node) -> str:

@@ -64,16 +64,12 @@ def sort_topologically(graph: Graph) -> None:
     The parts of a fused projection that stay whole are read where the dense projection was, before the new one.
     """
     placed: set[Node] = set()
-
-    def place(node: Node) -> None:
-        for operand in node.all_input_nodes:
-            if operand not in placed:
-                place(operand)
-        if node not in placed:
-            placed.add(node)
-            end.prepend(node)
-
-    nodes = list(graph.nodes)
-    end = nodes[-1]
-    for node in nodes[:-1]:
-        place(node)
+    *nodes, end = graph.nodes
+    for node in nodes:
+        waiting = [node]  # no recursion: in a deep model a chain of operands is longer than Python's stack
+        while waiting:
+            missing = [operand for operand in waiting[-1].all_input_nodes if operand not in placed]
+            waiting += reversed(missing)
+            if not missing and (ready := waiting.pop()) not in placed:
+                placed.add(ready)
+                end.prepend(ready)

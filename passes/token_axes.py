@@ -162,6 +162,7 @@ class _Planner:
         in_slots = self.written is not None and slot_write(node) is node
         if node not in self.region or self._is_early(node) or in_slots:
             self._check_sizes(node, tags)
+            self._check_order(node, tags)
             self.plan.gathered.add(key)
             return
         operands = self._operand_tags(node, dict(tags))
@@ -188,6 +189,17 @@ class _Planner:
                 node,
                 f"dimension {dim} of {list(shape_of(node))} should count {tag.counts}s ({expected} of them)",
             )
+
+    def _check_order(self, node: Node, tags: Tags) -> None:
+        """Rows are gathered as they are counted: one sample's tokens after the other's, as the stream was flattened.
+
+        Raises:
+            Refusal: they were flattened in another order.
+        """
+        for dim, tag in tags:
+            if tag == ROW and node in self.region and node is not self.stream:
+                for operand, operand_dim, operand_tag in self._operand_dims(node, dim, tag):
+                    self._check_order(operand, ((operand_dim, operand_tag),))
 
     def _size(self, tag: Tag) -> Any:
         """The size of a dimension with this tag, as an expression."""
@@ -394,8 +406,16 @@ class Prober:
         return self._emit(*self.plan.output)
 
     def linears(self) -> dict[Node, Node]:
-        """What stands in the place of each linear of the block."""
-        return {node: emitted for (node, _), emitted in self.emitted.items() if is_linear(node)}
+        """What stands in the place of each linear of the block, for the probed rows and no others.
+
+        A linear may be emitted a second time: for all tokens of the chosen samples, where something reads all keys.
+        """
+        rows = ({SAMPLE, TOKEN}, {ROW}, {tag for _, tag in self.plan.output[1]})
+        return {
+            node: emitted
+            for (node, tags), emitted in self.emitted.items()
+            if is_linear(node) and {tag for _, tag in tags} in rows
+        }
 
     def _emit(self, node: Node, tags: Tags) -> Node:
         key = (node, tags)

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
-from ppgraph.passes.base import Program, same_size
+from ppgraph.passes.base import Program, same_size, shape_of
 from ppgraph.passes.operators import is_view
 from ppgraph.sharding import localise
 
 aten = torch.ops.aten
 
 ATTENTION_MASK = "attention_mask"
+TOKENS = ("input_ids", "inputs_embeds")
 
 
 def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any]]:
@@ -37,17 +38,22 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     parameters: dict[Node, str] = {}
     masks: list[Node] = []
+    batch: tuple[Any, Any] | None = None
     for node, source in zip(inputs, sources, strict=True):
         name = _torch.source_parameter(source)
         if name:
             parameters[node] = name
-        if _torch.source_argument(source) == ATTENTION_MASK and node.meta["val"].dim() in (2, 4):
+        argument = _torch.source_argument(source)
+        if argument == ATTENTION_MASK and node.meta["val"].dim() in (2, 4):
             masks.append(node)
+        elif argument in TOKENS and node.meta["val"].dim() >= 2:
+            samples, tokens, *_ = shape_of(node)
+            batch = samples, tokens
     normalise(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     # Models with several kinds of layers take a mask for each; all of them tell the same tokens.
-    program = Program(traced, config, parameters, masks[0] if masks else None)
+    program = Program(traced, config, parameters, masks[0] if masks else None, batch)
     pairs = zip(inputs, placeholders, strict=True)
     program.sharded = {node: sharded[placeholder] for node, placeholder in pairs if placeholder in sharded}
     return program, values
@@ -80,13 +86,19 @@ def _drop_empty_from_cat(node: Node) -> bool:
     if node.target is not aten.cat.default:
         return False
     tensors: Any = node.args[0]
-    filled = [tensor for tensor in tensors if tuple(tensor.meta["val"].shape) != (0,)]
+    filled = [tensor for tensor in tensors if not _is_empty(tensor)]
     if len(filled) != 1 or len(tensors) == 1:
         return False
     # A copy, as cat makes: the strides of what the cache gets decide whether the next step's graph fits.
     node.target, node.args = aten.clone.default, (filled[0],)
     node.kwargs = {"memory_format": torch.contiguous_format}
     return True
+
+
+def _is_empty(node: Node) -> bool:
+    """Whether this is a vector of no elements, by its shape; a size that only running tells is not asked for."""
+    shape = shape_of(node)
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
 
 
 def _lay_out_slice(node: Node) -> bool:

@@ -508,6 +508,8 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results)
             self._runtime.statistics.add(results, self._runtime.sites or [])
+        elif self._phase == "prefill":  # the config removes nothing: steps that go on from here have that to keep to
+            self._runtime.keep_selection({})
 
 
 def shares_of(program: Program) -> dict[str, Share]:

@@ -314,7 +314,8 @@ class PrunedForward:
 
 def _reason(error: Exception) -> str:
     """What Dynamo's long texts come down to: the error within, or the first line."""
-    text = str(error)
+    inner = getattr(error, "inner_exception", None)  # of a BackendCompilerFailed, whose own first line says nothing
+    text = str(error) if inner is None else f"{type(inner).__name__}: {inner}"
     within = re.search(r"got (\w+\(.*)", text)
     return textwrap.shorten(within.group(1) if within else text.splitlines()[0], 300, placeholder=" ...")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 # The models of tests are tiny: what takes time is capturing graphs, in Python. One thread each for several workers.
 torch.set_num_threads(1)
+# Capturing makes millions of objects: collecting garbage as often as Python does by default takes a tenth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `gpu` where there is no CUDA, and `thorough` where those are not asked for."""
-    wanted = {"gpu": torch.cuda.is_available(), "thorough": config.getoption("--thorough")}
+    wanted = {
+        "gpu": torch.cuda.is_available(),
+        "thorough": config.getoption("--thorough") or config.getoption("--write-families"),
+    }
     unwanted = [mark for mark, is_wanted in wanted.items() if not is_wanted]
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
     if left_out:

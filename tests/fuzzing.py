@@ -391,11 +391,7 @@ class Judge:
 
     def __init__(self, case: Case) -> None:
         self.case, self.dense = case, built(case)
-        try:
-            self.pruned: Any = ppgraph.transform(self.dense, lowering=case.lowering, **case.config)
-            self.sites = {site.name: site for site in self.pruned.ppgraph.sites}
-        except ConfigError as error:
-            raise Discarded(str(error)) from error
+        self.pruned: Any = ppgraph.transform(self.dense, lowering=case.lowering, **case.config)
         self.config = self.pruned.ppgraph.config
         self.reference = reference_of(case, self.dense, self.config)
         exact = case.dtype in ("float32", "float64") and self.config.observed == "mean-square"
@@ -412,7 +408,6 @@ class Judge:
             if self.config.observed != "fluctuation" or len(batches) > 1:
                 raise
             raise Discarded(str(error)) from error
-        self.sites = {site.name: site for site in self.pruned.ppgraph.sites}
         if self.reference is not None:
             self.reference.calibrate(batches)
         for inputs in batches if self.replay is not None else ():
@@ -500,7 +495,7 @@ class Judge:
             _require(float(error) < 1e-4, f"history of {site} after {after}: off by {float(error):.2g}")
 
     def _require_selection(self, selection: Mapping[str, Tensor]) -> None:
-        pruned = {name: site for name, site in self.sites.items() if site.status == "pruned"}
+        pruned = {site.name: site for site in self.pruned.ppgraph.sites if site.status == "pruned"}
         _require(set(selection) == set(pruned), f"selected {sorted(selection)}, pruned {sorted(pruned)}")
         for name, kept in selection.items():
             site = pruned[name]
@@ -572,9 +567,12 @@ def check(case: Case) -> int:
         Discarded: the dense model or PruneConfig refuses the case.
     """
     torch._dynamo.reset()
-    judge = Judge(case)
-    judge.calibrate()
-    return sum(judge.run(batch) for batch in case.batches)
+    try:
+        judge = Judge(case)
+        judge.calibrate()
+        return sum(judge.run(batch) for batch in case.batches)
+    except ConfigError as error:
+        raise Discarded(str(error)) from error
 
 
 def repro(case: Case) -> str:

@@ -31,7 +31,7 @@ from tests.test_generate import OPTIONS, cache_in, cached, model, prompts
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -53,10 +53,10 @@ def built(family: str) -> nn.Module:
         return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)).eval()
     if family == "fused":
         return Phi3ForCausalLM(Phi3Config(**SIZES)).eval()
-    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "num_hidden_layers": 2}
     if family == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**SIZES, **types)).eval()
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **types)).eval()
+        return Gemma2ForCausalLM(Gemma2Config(**SIZES | types)).eval()
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES | types)).eval()
 
 
 def empty_cache(kind: str, dense: nn.Module) -> Any:

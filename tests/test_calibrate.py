@@ -16,17 +16,13 @@ import ppgraph
 from ppgraph.errors import InputError, NonFiniteError
 from ppgraph.state import History
 from tests.reference import Reference
-from tests.test_exactness import SIZES, batch, llama
+from tests.test_exactness import SIZES, batch, contents, llama
 
-MLP = "model.layers.1.mlp"
+MLP = "model.layers.0.mlp"
 
 
 def pruned_model(**config: Any) -> LlamaForCausalLM:
     return ppgraph.transform(llama(2), **({"ratio": 0.4, "lowering": "eager"} | SIZES | config))
-
-
-def contents(history: History) -> dict[str, torch.Tensor]:
-    return {name: history[name].clone() for name in history} | {"seen": history.seen.clone()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -118,7 +114,7 @@ def padded(samples: int, length: int, chance: Any) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def exit_input_of_the_mlp(**inputs: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
-    hook = DENSE.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    hook = DENSE.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     DENSE(**inputs, use_cache=False)
     hook.remove()
     return found[0]
@@ -204,12 +200,12 @@ def test_what_came_before_a_bad_batch_counts() -> None:
     ppgraph.calibrate(pruned, [good], progress=False)
     pruned(**good, use_cache=False)
     before, selection = contents(pruned.ppgraph.history), pruned.ppgraph.selection()
-    message = r"calibration batch 1: this batch gave NaN or infinity at model.layers.1.self_attn \(2 of 2 sites\)"
+    message = r"calibration batch 1: this batch gave NaN or infinity at model.layers.0.self_attn \(2 of 2 sites\)"
     with pytest.raises(NonFiniteError, match=message):
         ppgraph.calibrate(pruned, [good, bad], progress=False)
     after = contents(pruned.ppgraph.history)
     assert float(after["seen"][0]) == float(before["seen"][0]) + 3
-    with pytest.raises(NonFiniteError, match=r"this batch gave NaN or infinity at model.layers.1.self_attn"):
+    with pytest.raises(NonFiniteError, match=r"this batch gave NaN or infinity at model.layers.0.self_attn"):
         pruned(**bad, use_cache=False)
     assert same(contents(pruned.ppgraph.history), after)
     assert same(pruned.ppgraph.selection(), selection)

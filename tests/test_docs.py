@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -37,9 +38,12 @@ def model_of(layers: int) -> Any:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are rewritten and run, but Inductor is left out, and models are as shallow as ratio 0.4 allows."""
+    """Graphs are rewritten and run, but Inductor is left out; of two layers the first stays dense."""
     monkeypatch.setattr(runtime, "lower", lambda program, options: program.module)
-    monkeypatch.setitem(loading._SMALL_SIZES, "num_hidden_layers", 6)
+    monkeypatch.setitem(loading._SMALL_SIZES, "num_hidden_layers", 2)
+    defaults = {field.name: field.default for field in dataclasses.fields(ppgraph.PruneConfig)}
+    shallow = tuple({**defaults, "skip_layers": 1}.values())
+    monkeypatch.setattr(ppgraph.PruneConfig.__init__, "__defaults__", shallow)
 
 
 @pytest.fixture
@@ -47,8 +51,8 @@ def names() -> Iterator[dict[str, Any]]:
     """What pages may use without making it themselves."""
     ids = torch.randint(500, (4, 16))
     yield {
-        "model": model_of(6),
-        "shallow_model": model_of(4),
+        "model": model_of(2),
+        "shallow_model": model_of(1),
         "input_ids": ids,
         "mask": torch.ones_like(ids),
         "inputs": {"input_ids": ids[:2]},

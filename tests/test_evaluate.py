@@ -46,10 +46,9 @@ def measured(
     output: Path | None = None,
     settings: Settings = SETTINGS,
     configs: Mapping[str, Any] = CONFIGS,
-    layers: int = 2,
 ) -> evaluate.Comparison:
     return compare(
-        llama(2, layers=layers),
+        llama(2),
         Letters(),
         configs,
         texts=[TEXT],
@@ -127,14 +126,12 @@ def test_a_comparison_measures_all_alike() -> None:
 
 
 def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {**SIZES, "skip_layers": 0}
     configs = {
-        "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **sizes),
-        "pp 0.3": ppgraph.PruneConfig(ratio=0.3, **sizes),
-        "wanda-sp 0.3": ppgraph.PruneConfig(ratio=0.3, method="wanda-sp", **sizes),
-        "mlp 0.4": ppgraph.PruneConfig(ratio=0.4, blocks=("mlp",), **sizes),  # fewer sites
-        "global 0.4": ppgraph.PruneConfig(ratio=0.4, allocation="global", **sizes),
-        "global 0.3": ppgraph.PruneConfig(ratio=0.3, allocation="global", **sizes),
+        "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **SIZES),
+        "pp 0.3": ppgraph.PruneConfig(ratio=0.3, **SIZES),
+        "wanda-sp 0.3": ppgraph.PruneConfig(ratio=0.3, method="wanda-sp", **SIZES),
+        "mlp 0.4": ppgraph.PruneConfig(ratio=0.4, blocks=("mlp",), **SIZES),  # fewer sites
+        "global 0.4": ppgraph.PruneConfig(ratio=0.4, allocation="global", **SIZES),
     }
     settings = dataclasses.replace(SETTINGS, causal=False)
     calibrated = []
@@ -144,10 +141,10 @@ def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.M
         ppgraph.calibrate(twin, batches, **options)
 
     monkeypatch.setattr(evaluate, "calibrate", counted)
-    together = measured(None, settings, configs, layers=1)
-    assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4", "global 0.3"]
-    for name, config in configs.items():
-        alone = measured(None, settings, {name: config}, layers=1).rows[1]
+    together = measured(None, settings, configs)
+    assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4"]
+    for name in ("pp 0.3", "wanda-sp 0.3"):
+        alone = measured(None, settings, {name: configs[name]}).rows[1]
         assert next(row.found for row in together.rows if row.name == name) == alone.found
 
 

@@ -59,9 +59,9 @@ def test_what_is_wrong_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> 
         if model is self.pruned and wrong == "logits":
             logits[-1, -1, 5] += 0.01
         elif model is self.pruned and wrong == "history":
-            self.pruned.ppgraph.history["model.layers.1.mlp"][3] *= 1.01
+            self.pruned.ppgraph.history["model.layers.0.mlp"][3] *= 1.01
         elif model is self.pruned:
-            kept = self.pruned.ppgraph.runtime.selection.channels["model.layers.1.mlp"]
+            kept = self.pruned.ppgraph.runtime.selection.channels["model.layers.0.mlp"]
             kept[0] = (kept[0] + 1) % 96
         return logits
 

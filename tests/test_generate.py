@@ -24,7 +24,7 @@ NEW_TOKENS = 8
 OPTIONS = {"ratio": 0.4, "skip_layers": 0, "width_multiple": 8, "lowering": "eager"}
 
 
-def model(kv_heads: int, layers: int = 2) -> LlamaForCausalLM:
+def model(kv_heads: int, layers: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -83,7 +83,7 @@ def greedy_without_cache(
     ],
 )
 def test_generate_equals_the_masked_dense_model_token_by_token(kv_heads: int, cache: str) -> None:
-    dense = model(kv_heads)
+    dense = model(kv_heads, layers=2 if cache == "dynamic" else 1)
     pruned = ppgraph.transform(dense, **OPTIONS)
     chosen = {} if cache == "dynamic" else {"cache_implementation": cache}
     for samples, length, padded in ((4, 11, True), (3, 6, False), (1, 9, False)):
@@ -92,6 +92,17 @@ def test_generate_equals_the_masked_dense_model_token_by_token(kv_heads: int, ca
         selection = pruned.ppgraph.selection()
         assert set(selection) == {site.name for site in pruned.ppgraph.sites if site.status == "pruned"}
         assert torch.equal(tokens, greedy_without_cache(dense, selection, inputs))
+
+
+def test_a_config_that_removes_nothing_decodes_as_the_dense_model() -> None:
+    dense, inputs = model(2), prompts(3, 9, padded=True)
+    pruned = ppgraph.transform(dense, **{**OPTIONS, "ratio": 0.1, "width_multiple": 64})
+    tokens = pruned.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert {site.reason for site in pruned.ppgraph.sites} == {
+        "ratio=0.1 removes nothing of 64 channels",
+        "ratio=0.1 removes nothing of 128 channels",
+    }
+    assert torch.equal(tokens, dense.generate(**inputs, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize(("cache", "replays"), [("static", 10), ("dynamic", 0)])
@@ -205,7 +216,7 @@ def test_a_changed_weight_is_packed_again() -> None:
     token, selection = output.logits[:, -1:].argmax(-1), pruned.ppgraph.selection()
     pruned(input_ids=token, **cached(copy.deepcopy(cache_in(output))))
     with torch.no_grad():
-        dense.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        dense.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     found = pruned(input_ids=token, **cached(copy.deepcopy(cache_in(output)))).logits
     expected = masked_dense_logits(dense, selection, token, **cached(cache_in(output)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -24,13 +24,13 @@ from tests.test_exactness import SIZES, batch, llama, relative
 from tests.test_families import Family
 from tests.test_generate import cache_in, cached
 
-OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES, "skip_layers": 0}
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
 IDS = batch(3, 16)["input_ids"]
 
 
 @pytest.fixture(scope="module")
 def warm() -> LlamaForCausalLM:
-    pruned = ppgraph.transform(llama(2, layers=1), **OPTIONS)
+    pruned = ppgraph.transform(llama(2), **OPTIONS)
     pruned(IDS, use_cache=False)
     return pruned
 
@@ -103,7 +103,7 @@ UNFIT: list[tuple[str, Callable[[Any], dict[str, Any]]]] = [
     ("other positions", lambda pruned: {"position_ids": torch.arange(4)[None]}),
     ("text for a cache", lambda pruned: cached("cache")),
     ("the cache of other samples", lambda pruned: cached(cache_in(pruned(IDS[:2], use_cache=True)))),
-    ("the cache of another model", lambda pruned: cached(cache_in(llama(4, layers=1)(IDS, use_cache=True)))),
+    ("the cache of another model", lambda pruned: cached(cache_in(llama(4)(IDS, use_cache=True)))),
 ]
 
 
@@ -142,7 +142,7 @@ def test_ids_in_any_layout_mean_the_same(warm: LlamaForCausalLM, ids: torch.Tens
 
 
 def warm_dense(pruned: Any) -> LlamaForCausalLM:
-    dense = llama(2, layers=1)
+    dense = llama(2)
     dense.load_state_dict(pruned.state_dict())
     return dense
 
@@ -166,7 +166,7 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
         pruned(ids[:, 60:], **cached(cache))
     for model_type in ("gpt2", "opt"):
         assert learned_positions(Family(model_type).model("sdpa")) == 64
-    assert learned_positions(llama(2, layers=1)) is None
+    assert learned_positions(llama(2)) is None
 
 
 @pytest.mark.parametrize("off", ["variable", "stance"])
@@ -176,7 +176,7 @@ def test_a_model_that_would_run_dense_raises(warm: LlamaForCausalLM, off: str, m
     if off == "variable":
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
         message = "the model ran dense"
-    fresh = ppgraph.transform(llama(2, layers=1), **OPTIONS)
+    fresh = ppgraph.transform(llama(2), **OPTIONS)
     before = state_of(warm)
     # What was captured before goes on where the variable is set: it is only for later captures that it counts.
     for pruned in (fresh, warm) if off == "stance" else (fresh,):
@@ -203,7 +203,7 @@ class Payload:
 
 def test_a_pickle_in_a_models_folder_runs_nothing(tmp_path: Path) -> None:
     folder, touched = tmp_path / "model", tmp_path / "touched"
-    llama(2, layers=1).config.save_pretrained(folder)
+    llama(2).config.save_pretrained(folder)
     torch.save({"weight": Payload(touched)}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot load"):
         load_model(folder)
@@ -212,7 +212,7 @@ def test_a_pickle_in_a_models_folder_runs_nothing(tmp_path: Path) -> None:
 
 def test_code_in_a_models_folder_is_not_run(tmp_path: Path) -> None:
     folder, touched = tmp_path / "model", tmp_path / "touched"
-    llama(2, layers=1).save_pretrained(folder)
+    llama(2).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {
         "model_type": "own",
@@ -237,7 +237,7 @@ def test_code_in_a_models_folder_is_not_run(tmp_path: Path) -> None:
     ids=str,
 )
 def test_an_absurd_model_config_is_one_clear_error(tmp_path: Path, change: dict[str, Any]) -> None:
-    llama(2, layers=1).save_pretrained(tmp_path)
+    llama(2).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match="cannot load"):

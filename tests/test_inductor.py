@@ -12,7 +12,13 @@ from tests.test_exactness import FOUR, SIZES, batch, compare, llama
 
 @pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.thorough, id="mha"), pytest.param(2, id="gqa")])
 def test_compiled_batches_equal_the_reference(kv_heads: int) -> None:
-    compare(llama(kv_heads, layers=2), [FOUR[0], FOUR[2], batch(2, 30)], lowering="inductor", ratio=0.4, **SIZES)
+    compare(
+        llama(kv_heads, layers=2),
+        [FOUR[0], FOUR[2], batch(2, 30)],
+        lowering="inductor",
+        ratio=0.4,
+        **{**SIZES, "skip_layers": 1},
+    )
 
 
 def test_ratio_zero_is_the_compiled_dense_model_bit_for_bit() -> None:

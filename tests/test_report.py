@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 import ppgraph
 from ppgraph.inspect.explain import explain
 from ppgraph.inspect.rates import Rates
-from tests.test_exactness import SIZES, batch, llama
+from tests.test_exactness import batch, llama
 
+SIZES: dict[str, Any] = {"width_multiple": 8, "skip_layers": 1}
 OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
 INPUTS = {"samples": 20, "length": 24}
 
@@ -126,7 +127,7 @@ def test_the_table_fits_a_terminal(pruned: LlamaForCausalLM) -> None:
 
 
 def test_a_report_before_the_first_batch() -> None:
-    report = ppgraph.transform(llama(2), **OPTIONS).ppgraph.report()
+    report = ppgraph.transform(llama(2, layers=2), **OPTIONS).ppgraph.report()
     found = json.loads(json.dumps(report.to_dict()))
     assert (found["batch"], found["graphs"], found["history_bytes"]) == (None, [], 0)
     assert found["flops"] == {"dense": None, "probe": None, "pruned": None}
@@ -203,7 +204,7 @@ def test_a_batch_below_break_even_is_warned_of_once(
 
 
 def test_explain_leaves_the_model_alone() -> None:
-    model = llama(2)
+    model = llama(2, layers=2)
     attributes = dict(model.__dict__)
     explain(model, ppgraph.PruneConfig(ratio=0.4, **SIZES), **batch(3, 9))
     assert model.__dict__ == attributes

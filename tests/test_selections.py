@@ -15,15 +15,16 @@ from ppgraph.inspect.tables import TEXT_WIDTH, block_lines
 from ppgraph.passes import Site
 from ppgraph.selections import SelectionStatistics, jaccard
 from tests.reference import Reference
-from tests.test_exactness import SIZES, batch, llama
+from tests.test_exactness import batch, llama
 
+SIZES: dict[str, Any] = {"width_multiple": 8, "skip_layers": 1}
 BATCHES = [batch(3, 16), batch(4, 9), batch(5, 20)]
 
 
 @pytest.fixture(scope="module")
 def run() -> tuple[LlamaForCausalLM, Any, list[dict[str, set[int]]]]:
     """A pruned model after three batches, and what each of them chose."""
-    model = llama(2)
+    model = llama(2, layers=2)
     pruned = ppgraph.transform(model, lowering="eager", ratio=0.4, **SIZES)
     chosen = []
     for inputs in BATCHES:
@@ -76,7 +77,7 @@ def test_full_batch_choice_is_the_reference_method(run: Any) -> None:
 
 
 def test_a_config_that_probes_everything_agrees_with_the_full_batch() -> None:
-    pruned = ppgraph.transform(llama(2), lowering="eager", method="full-batch", **SIZES)
+    pruned = ppgraph.transform(llama(2, layers=2), lowering="eager", method="full-batch", **SIZES)
     report = pruned.ppgraph.report(full_batch=BATCHES[0])
     assert set(report.full_batch_overlap.values()) == {1.0}
     assert report.selections == ()
@@ -95,7 +96,7 @@ def test_plot_draws_heads_channels_and_overlaps(run: Any) -> None:
 def test_plot_without_a_batch_says_so() -> None:
     pytest.importorskip("matplotlib", reason="needs the extra ppgraph[plot]")
     with pytest.raises(ppgraph.PPGraphError, match="no batch has been pruned yet"):
-        ppgraph.transform(llama(2), lowering="eager", **SIZES).ppgraph.report().plot()
+        ppgraph.transform(llama(2, layers=2), lowering="eager", **SIZES).ppgraph.report().plot()
 
 
 def test_other_sites_start_the_statistics_over() -> None:

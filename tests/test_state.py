@@ -132,7 +132,7 @@ def test_it_is_fp32_and_no_part_of_the_state_dict() -> None:
 
 def test_all_graphs_of_a_model_write_one_history() -> None:
     pruned = ppgraph.transform(llama(4), ratio=0.4, lowering="eager", history_momentum=0.5, **SIZES)
-    name = "model.layers.1.mlp"
+    name = "model.layers.0.mlp"
     ppgraph.calibrate(pruned, [batch(3, 8)], progress=False)
     calibrated = pruned.ppgraph.history[name].clone()
     assert calibrated[:8].any()
@@ -370,9 +370,9 @@ def test_a_model_takes_up_where_another_left_off(tmp_path: Path) -> None:
     assert same(contents(second.ppgraph.history), contents(first.ppgraph.history))
 
 
-@pytest.mark.parametrize("change", [{"blocks": ("mlp",)}, {"skip_layers": 0}], ids=str)
+@pytest.mark.parametrize("change", [{"blocks": ("mlp",)}, {"skip_layers": 1}], ids=str)
 def test_a_config_with_other_sites_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    model = llama(2)
+    model = llama(2, layers=2)
     ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES).ppgraph.history.save(tmp_path)
     other = ppgraph.transform(model, ratio=0.4, lowering="eager", **(SIZES | change))
     with pytest.raises(HistoryError, match="another model or config"):

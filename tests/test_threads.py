@@ -18,7 +18,7 @@ from tests.reference import masked_dense_logits
 from tests.test_exactness import SIZES, batch, llama, relative
 
 THREADS = 8
-OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES, "skip_layers": 0}
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "lowering": "eager", **SIZES}
 BATCHES = [batch(2 + number % 3, 5 + number, "left") for number in range(THREADS)]
 ROUNDS = 3
 
@@ -46,7 +46,7 @@ def require_close(found: Any, expected: Any) -> None:
 
 def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
     """Each batch chooses by itself here, so the order of the calls does not matter; they capture at once, too."""
-    model = llama(2, layers=1)
+    model = llama(2)
     alone = ppgraph.transform(model, statistics="probe", **OPTIONS)
     expected = [logits_of(alone, inputs) for inputs in BATCHES]
     shared = ppgraph.transform(model, statistics="probe", **OPTIONS)
@@ -57,7 +57,7 @@ def test_eight_threads_on_one_model_give_what_each_alone_gives() -> None:
 
 def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
     """Some order of the batches, one after the other, gives the very history that threads left."""
-    model, momentum = llama(2, layers=1), 0.5
+    model, momentum = llama(2), 0.5
     pruned = ppgraph.transform(model, history_momentum=momentum, **OPTIONS)
     pruned(**BATCHES[0], use_cache=False)
     pruned.ppgraph.history.reset()
@@ -84,7 +84,7 @@ def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
 
 
 def test_threads_that_generate_keep_to_their_own_prompts() -> None:
-    pruned = ppgraph.transform(llama(2, layers=1), statistics="probe", **OPTIONS)
+    pruned = ppgraph.transform(llama(2), statistics="probe", **OPTIONS)
 
     def tokens(inputs: dict[str, Tensor]) -> Tensor:
         return pruned.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ def test_copies_and_two_models_at_once() -> None:
             assert relative(logits[real], expected[real]) < 1e-5
 
     # `masked` hooks the dense model, so each thread has one of its own to compare with.
-    models = (llama(2, layers=1), llama(4, layers=1, seed=1))
+    models = (llama(2), llama(4, seed=1))
     at_once([lambda dense=dense: run(dense) for dense in models])
 
 
@@ -116,7 +116,7 @@ def test_a_history_is_taken_between_two_calls_and_not_within_one(
     doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls hold the history's lock, and so do these: a save once took what a running call had moved so far."""
-    pruned = ppgraph.transform(llama(2, layers=1), **OPTIONS)
+    pruned = ppgraph.transform(llama(2), **OPTIONS)
     pruned(**BATCHES[0], use_cache=False)
     history, held = pruned.ppgraph.history, []
     assert pruned.ppgraph.runtime.lock is history.lock

@@ -21,6 +21,7 @@ from ppgraph.errors import (
     PPGraphError,
     UnsupportedModelError,
 )
+from ppgraph.transform import _reason
 from tests.reference import Reference, masked_dense_logits
 from tests.test_exactness import SIZES, batch, llama, relative
 
@@ -81,8 +82,8 @@ def test_config_and_keywords_may_be_mixed() -> None:
 
 
 def test_copies_with_other_configs_live_side_by_side() -> None:
-    model = llama(2, layers=3)
-    inputs = batch(3, 16)
+    model = llama(2)
+    inputs = batch(3, 16, "right")
     configs = [{"ratio": 0.2}, {"ratio": 0.6}, {"ratio": 0.4, "blocks": ("mlp",)}]
     copies = [ppgraph.transform(model, **(OPTIONS | config)) for config in configs]
     references = [Reference(model, **({"ratio": 0.4} | SIZES | config)) for config in configs]
@@ -102,10 +103,10 @@ def test_a_deep_copy_has_parameters_and_state_of_its_own() -> None:
     pruned = ppgraph.transform(model, **OPTIONS)
     pruned(**inputs, use_cache=False)
     copied = copy.deepcopy(pruned)
-    name = "model.layers.1.mlp"
+    name = "model.layers.0.mlp"
     before = pruned.ppgraph.history[name].clone()
     with torch.no_grad():
-        copied.model.layers[1].mlp.down_proj.weight.mul_(2)
+        copied.model.layers[0].mlp.down_proj.weight.mul_(2)
     require_pruned(copy.deepcopy(model), pruned, inputs)
     after = pruned.ppgraph.history[name].clone()
     assert not torch.equal(after, before)
@@ -120,14 +121,14 @@ def test_a_change_of_dtype_is_followed(through: str) -> None:
     model, inputs = llama(2), batch(3, 16)
     pruned = ppgraph.transform(model, **OPTIONS)
     pruned(**inputs, use_cache=False)
-    held = pruned.ppgraph.history["model.layers.1.mlp"].clone()
+    held = pruned.ppgraph.history["model.layers.0.mlp"].clone()
     (model if through == "parent" else pruned).to(torch.float64)
     assert model.dtype == pruned.dtype == torch.float64
     logits = pruned(**inputs, use_cache=False).logits
     assert logits.dtype == torch.float64
     expected = masked_dense_logits(model, pruned.ppgraph.selection(), **inputs)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    moved = pruned.ppgraph.history["model.layers.1.mlp"]
+    moved = pruned.ppgraph.history["model.layers.0.mlp"]
     assert moved.dtype == torch.float32
     assert not torch.equal(moved, held)
     assert [graph.phase for graph in pruned.ppgraph.graphs] == ["prefill", "prefill"]
@@ -139,14 +140,14 @@ def test_changed_weights_count_from_the_next_batch_on() -> None:
     pruned(**inputs, use_cache=False)
     before = pruned.ppgraph.selection()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[:, before["model.layers.1.mlp"]] *= 1e-3
+        model.model.layers[0].mlp.down_proj.weight[:, before["model.layers.0.mlp"]] *= 1e-3
     require_pruned(model, pruned, inputs)
-    kept = set(pruned.ppgraph.selection()["model.layers.1.mlp"].tolist())
-    assert kept != set(before["model.layers.1.mlp"].tolist())
+    kept = set(pruned.ppgraph.selection()["model.layers.0.mlp"].tolist())
+    assert kept != set(before["model.layers.0.mlp"].tolist())
     assert len(pruned.ppgraph.graphs) == 1
     fresh = ppgraph.transform(model, statistics="probe", **OPTIONS)
     fresh(**inputs, use_cache=False)
-    assert kept == set(fresh.ppgraph.selection()["model.layers.1.mlp"].tolist())
+    assert kept == set(fresh.ppgraph.selection()["model.layers.0.mlp"].tolist())
 
 
 def test_loading_other_weights_into_the_twin_is_seen() -> None:
@@ -193,8 +194,8 @@ def test_batch_one_and_length_one_work_beside_others() -> None:
 
 
 def test_more_kinds_of_calls_than_dynamo_allows_recompiles() -> None:
-    model = llama(2, layers=1)
-    pruned = ppgraph.transform(model, **(OPTIONS | {"skip_layers": 0}))
+    model = llama(2)
+    pruned = ppgraph.transform(model, **OPTIONS)
     inputs = batch(3, 9)
     masked = inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
     kinds = [inputs, masked, batch(1, 9)]
@@ -252,7 +253,7 @@ def encoder_decoder() -> nn.Module:
 
 def part_in_training() -> nn.Module:
     model = llama(2)
-    model.model.layers[1].train()
+    model.model.layers[0].train()
     return model
 
 
@@ -265,7 +266,7 @@ def part_in_training() -> nn.Module:
         (lambda: None, "found NoneType"),
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
         (lambda: llama(2).train(), r"LlamaForCausalLM is in training mode; call .eval\(\)"),
-        (part_in_training, r"model.layers.1 of LlamaForCausalLM is in training mode"),
+        (part_in_training, r"model.layers.0 of LlamaForCausalLM is in training mode"),
         (lambda: ppgraph.transform(llama(2), **OPTIONS), "this model is pruned already; transform the dense model"),
     ],
     ids=["module", "no head", "text", "none", "encoder-decoder", "training", "partly training", "pruned"],
@@ -294,7 +295,7 @@ def test_bad_settings_are_refused_at_once(settings: dict[str, Any], message: str
 
 
 def test_a_ratio_that_the_other_layers_cannot_carry_is_an_error_with_both_numbers() -> None:
-    pruned = ppgraph.transform(llama(2), **(OPTIONS | {"ratio": 0.6}))
+    pruned = ppgraph.transform(llama(2, layers=2), **(OPTIONS | {"ratio": 0.6, "skip_layers": 1}))
     with pytest.raises(ConfigError, match=r"ratio=0.6 over 2 layers with skip_layers=1 .* ratio of 1.2"):
         pruned(**batch(2, 5))
 
@@ -392,12 +393,12 @@ def test_numbers_that_are_not_finite_are_reported_by_site(warm: LlamaForCausalLM
     state = warm.ppgraph
     before = {name: state.history[name].clone() for name in state.history}
     selection = state.selection()
-    weight = warm.model.layers[1].mlp.up_proj.weight
-    kept = int(selection["model.layers.1.mlp"][0])
+    weight = warm.model.layers[0].mlp.up_proj.weight
+    kept = int(selection["model.layers.0.mlp"][0])
     old = weight[kept, 0].item()
     with torch.no_grad():
         weight[kept, 0] = bad
-    with pytest.raises(NonFiniteError, match=r"NaN or infinity at model.layers.1.mlp \(1 of 2 sites\).*stay as they"):
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity at model.layers.0.mlp \(1 of 2 sites\).*stay as they"):
         warm(IDS, use_cache=False)
     with torch.no_grad():
         weight[kept, 0] = old
@@ -427,3 +428,10 @@ def test_training_the_parent_is_seen_where_it_would_change_the_result() -> None:
         pruned(IDS, use_cache=False)
     model.eval()
     require_pruned(model, pruned, {"input_ids": IDS})
+
+
+def test_what_a_backend_failed_of_is_told() -> None:
+    error = RuntimeError("backend='backend' raised:\nValueError: no such size\nand more")
+    error.inner_exception = ValueError("no such size\nand more")  # type: ignore[attr-defined]
+    assert _reason(error) == "ValueError: no such size"
+    assert _reason(RuntimeError("first line\nsecond line")) == "first line"

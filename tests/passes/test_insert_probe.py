@@ -88,6 +88,20 @@ def test_probed_attention_sees_the_probed_tokens_alone(kv_heads: int) -> None:
     torch.testing.assert_close(found["y"], inputs[0])
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_probed_attention_hides_padding_and_later_tokens(kv_heads: int) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+    graph = probed(MaskedResidual(block := Attention(kv_heads)), hidden(), torch.ones(3, 5, dtype=torch.long))
+    x = hidden(3, 6)
+    found = graph.results(x, mask)
+    inputs: list[torch.Tensor] = []
+    block.o.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for sample, real, y in zip(found["samples"].tolist(), found["real"], found["y"], strict=True):
+        columns = found["tokens"][real] + int(mask[sample].argmax())
+        block(x[[sample]][:, columns])
+        torch.testing.assert_close(y[None, real], inputs.pop())
+
+
 def test_padding_is_not_chosen_and_rows_are_aligned_at_their_first_token() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     graph = probed(MaskedResidual(block := Mlp()), hidden(), torch.ones(3, 5, dtype=torch.long))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 from torch.nn import functional as F
 
 from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.reuse_selection import ReuseSelection
-from ppgraph.passes.select_weights import SelectWeights
+from ppgraph.passes.select_weights import SelectWeights, sort_topologically
 from tests.passes.graphs import SITE, Attention, Captured, Flattened, Mlp, Residual, captured, hidden, targets
 
 
@@ -106,3 +107,29 @@ def test_it_needs_sites_and_runs_once() -> None:
     graph = narrowed(Mlp())
     with pytest.raises(GraphError, match="select_weights has already run"):
         graph.apply(SelectWeights())
+
+
+def test_nodes_are_put_in_order_however_deep_the_model_is() -> None:
+    graph = Graph()
+    chain = [graph.placeholder("x")]
+    for _ in range(3000):
+        chain.append(graph.call_function(torch.neg, (chain[-1],)))
+    graph.output(chain[-1])
+    for node in chain[1:]:
+        chain[0].append(node)  # each ahead of its operand
+    sort_topologically(graph)
+    assert list(graph.nodes)[:-1] == chain
+
+
+class Counting(Mlp):
+    """Joins vectors whose lengths only running tells."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.nonzero(x[:, :, 0] > 0)[:, 0]
+        return super().forward(x) + 0 * torch.cat([rows, rows]).sum()
+
+
+def test_joined_vectors_of_unknown_lengths_are_left_as_they_are() -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graph = narrowed(Counting())
+    assert targets(graph.program).count("cat") == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -98,32 +101,84 @@ def test_flattened_tokens_are_gathered_as_rows_or_before() -> None:
     torch.testing.assert_close(found["y"].reshape(-1, 12), expected)
 
 
-class Halves(Mlp):
-    """Half of the tokens are joined to the other half in another order."""
+class Changed(Mlp):
+    """An MLP whose inner channels [samples, tokens, 12] go through `change` on their way."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up = F.relu(self.up(x))
-        return self.down(torch.cat([up[:, 1:], up[:, :1]], dim=1))
+        return self.down(self.change(F.relu(self.up(x)))).reshape(x.shape)
 
 
-class Squeezed(Mlp):
-    """Samples and tokens meet in one product."""
+class Turned(Mlp):
+    """Runs with tokens ahead of samples, as three dimensions or flattened."""
+
+    def __init__(self, *, is_flat: bool) -> None:
+        super().__init__()
+        self.is_flat = is_flat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.relu(self.up(x)).roll(1, dims=1))
+        turned = x.transpose(0, 1)
+        inner = turned.reshape(-1, x.shape[-1]) if self.is_flat else turned
+        return super().forward(inner).view(turned.shape).transpose(0, 1)
 
 
-@pytest.mark.parametrize(
-    ("block", "reason"),
-    [
-        (Halves(), r"cat.* \(aten.cat\): it joins tokens along dimension 1; expected all of them in one"),
-        (Squeezed(), r"\(aten.roll\): no operator rule says where dimension"),
-    ],
-    ids=["cat", "roll"],
-)
-def test_what_mixes_tokens_is_refused(block: nn.Module, reason: str) -> None:
-    import re
+class Remembering(Attention):
+    """Reads five learned keys ahead of the batch's own, causally from the first of them on."""
 
-    (site,) = captured(Residual(block), config=HALF).apply(*ANALYSE).sites
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = (nn.Parameter(torch.ones(1, 4, 5, 2)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
+        )
+        key = torch.cat([self.keys.expand(x.shape[0], -1, -1, -1), key], 2)
+        value = torch.cat([self.values.expand(x.shape[0], -1, -1, -1), value], 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class FlatStream(Residual):
+    """The residual stream itself is [samples times tokens, hidden]."""
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x.flatten(0, 1).exp(), attention_mask).view(x.shape)
+
+
+REFUSED = {
+    "another order": (
+        Residual(Changed(lambda up: torch.cat([up[:, 1:], up[:, :1]], dim=1))),
+        r"cat.* \(aten.cat\): it joins tokens along dimension 1; expected all of them in one",
+    ),
+    "rolled": (
+        Residual(Changed(lambda up: up.roll(1, dims=1))),
+        r"\(aten.roll\): no operator rule says where dimension",
+    ),
+    "from the middle": (
+        Residual(Changed(lambda up: torch.cat([up, up], 1)[:, up.shape[1] :])),
+        r"\(aten.slice\): it takes tokens from .* on; expected a constant counted from the front",
+    ),
+    "up to the middle": (
+        Residual(Changed(lambda up: torch.cat([up, up], 1)[:, : up.shape[1]])),
+        r"\(aten.slice\): s\d+ places follow the tokens; expected a number known at compile time",
+    ),
+    "a dimension more": (
+        Residual(Changed(lambda up: up.unsqueeze(2))),
+        r"expected \[samples, tokens, channels\] or flattened tokens, found \[s\d+, s\d+, 1, 12\]",
+    ),
+    "tokens first": (Residual(Turned(is_flat=False)), r"dimension 0 of .* should count samples \(s\d+ of them\)"),
+    "flattened, tokens first": (Residual(Turned(is_flat=True)), r"dimension 0 of .* \(rows\) is mixed with others in"),
+    "causal from a cache on": (Residual(Remembering()), r"is_causal with keys of a cache counts from the first key"),
+    "a flat stream": (FlatStream(Mlp()), r"the residual stream is \[samples, tokens, hidden\], not \[s\d+\*s\d+, 8\]"),
+}
+
+
+@pytest.mark.parametrize(("module", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_a_probe_cannot_follow_is_refused(module: Residual, reason: str) -> None:
+    (site,) = captured(module, config=HALF).apply(*ANALYSE).sites
     assert site.refused
     assert re.search(reason, site.reason), site.reason

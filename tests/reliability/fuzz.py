@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10_000, help="stop after so many compared calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lowering", choices=("eager", "inductor"), default="eager")
-    parser.add_argument("--batches", type=int, default=10, help="the most prompts a case")
+    parser.add_argument("--batches", type=int, default=24, help="the most prompts a case")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they were drawn")
     options = parser.parse_args()

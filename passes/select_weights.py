@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from ppgraph.errors import GraphError
 from ppgraph.passes.base import Builder, PassResult, Program, shape_of
 from ppgraph.passes.channels import Narrower, share_linears
 from ppgraph.passes.find_sites import Block
@@ -62,13 +63,20 @@ def sort_topologically(graph: Graph) -> None:
     """Move nodes behind their operands, all others staying in order.
 
     The parts of a fused projection that stay whole are read where the dense projection was, before the new one.
+
+    Raises:
+        GraphError: a node depends on itself.
     """
     placed: set[Node] = set()
+    opened: set[Node] = set()
     *nodes, end = graph.nodes
     for node in nodes:
         waiting = [node]  # no recursion: in a deep model a chain of operands is longer than Python's stack
         while waiting:
             missing = [operand for operand in waiting[-1].all_input_nodes if operand not in placed]
+            if missing and waiting[-1] in opened:
+                raise GraphError(f"{waiting[-1].name} depends on itself: a pass has put it ahead of what it is made of")
+            opened.add(waiting[-1])
             waiting += reversed(missing)
             if not missing and (ready := waiting.pop()) not in placed:
                 placed.add(ready)

@@ -171,7 +171,9 @@ class _Planner:
             self._visit(operand, operand_tags)
 
     def _is_early(self, node: Node) -> bool:
-        """Whether no matrix product lies between the residual stream and this node."""
+        """Whether no matrix product lies between the residual stream, which may be one itself, and this node."""
+        if node is self.stream:
+            return True
         if node not in self.early:
             self.early[node] = not is_product(node) and all(
                 self._is_early(operand)

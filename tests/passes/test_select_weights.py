@@ -121,6 +121,16 @@ def test_nodes_are_put_in_order_however_deep_the_model_is() -> None:
     assert list(graph.nodes)[:-1] == chain
 
 
+def test_a_node_that_depends_on_itself_is_an_error() -> None:
+    graph = Graph()
+    first = graph.call_function(torch.neg, (graph.placeholder("x"),))
+    second = graph.call_function(torch.neg, (first,))
+    graph.output(second)
+    first.args = (second,)
+    with pytest.raises(GraphError, match="neg depends on itself"):
+        sort_topologically(graph)
+
+
 class Counting(Mlp):
     """Joins vectors whose lengths only running tells."""
 

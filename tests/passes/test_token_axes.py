@@ -54,6 +54,25 @@ def test_the_norm_is_gathered_and_the_block_runs_again() -> None:
     assert [node.name for node, _ in plan.operands] == ["relu", "linear"]
 
 
+class Projected(Residual):
+    """The residual stream is what a linear makes of the embeddings, as in ELECTRA."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.into = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(self.into(x), attention_mask)
+
+
+def test_a_stream_that_a_linear_made_is_gathered_and_not_made_again() -> None:
+    graph = captured(Projected(Mlp()), config=HALF)
+    graph.apply(*ANALYSE)
+    plan = graph.program.analysis[SITE].probe
+    assert gathered(plan) == {plan.stream.name: {0: "sample", 1: "token"}}
+    assert plan.stream.name not in {node.name for node, _ in plan.operands}
+
+
 class Positional(Attention):
     """A table by position, which all samples share, is added to the queries."""
 

@@ -185,11 +185,10 @@ def _stream_of(carried: Node, added: Node, branches: dict[Node, Branch], ancestr
         if carried in branches:
             branch = branches[carried]
             carried = next(operand for operand in branch.addition.args[:2] if operand is not branch.added)  # type: ignore[assignment]
-        else:
-            rescaled = _rescaled(carried)
-            if rescaled is None:
-                return None
+        elif (rescaled := _rescaled(carried)) is not None:
             carried = rescaled
+        else:
+            return None
 
 
 def _rescaled(node: Node) -> Node | None:

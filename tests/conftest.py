@@ -21,10 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `gpu` where there is no CUDA, and `thorough` where those are not asked for."""
-    wanted = {
-        "gpu": torch.cuda.is_available(),
-        "thorough": config.getoption("--thorough") or config.getoption("--write-families"),
-    }
+    wanted = {"gpu": torch.cuda.is_available(), "thorough": config.getoption("--thorough")}
     unwanted = [mark for mark, is_wanted in wanted.items() if not is_wanted]
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
     if left_out:

@@ -132,6 +132,7 @@ def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.M
         "wanda-sp 0.3": ppgraph.PruneConfig(ratio=0.3, method="wanda-sp", **SIZES),
         "mlp 0.4": ppgraph.PruneConfig(ratio=0.4, blocks=("mlp",), **SIZES),  # fewer sites
         "global 0.4": ppgraph.PruneConfig(ratio=0.4, allocation="global", **SIZES),
+        "global 0.3": ppgraph.PruneConfig(ratio=0.3, allocation="global", **SIZES),
     }
     settings = dataclasses.replace(SETTINGS, causal=False)
     calibrated = []
@@ -142,9 +143,9 @@ def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.M
 
     monkeypatch.setattr(evaluate, "calibrate", counted)
     together = measured(None, settings, configs)
-    assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4"]
-    for name in ("pp 0.3", "wanda-sp 0.3"):
-        alone = measured(None, settings, {name: configs[name]}).rows[1]
+    assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4", "global 0.3"]
+    for name, config in configs.items():
+        alone = measured(None, settings, {name: config}).rows[1]
         assert next(row.found for row in together.rows if row.name == name) == alone.found
 
 

@@ -1,8 +1,8 @@
 """Every decoder family of transformers, tiny and with random weights, against its own masked dense model.
 
-By default a family takes a padded prompt into a cache, with one implementation of attention. Of families whose blocks
-are built alike one is taken, and one is checked whole: generating, without a cache, with either padding, at `ratio=0`.
-`--thorough` does so for all, with both implementations.
+By default each family takes a padded prompt into a cache, with one implementation of attention, and a few are checked
+whole: generating, without a cache, with either padding, at `ratio=0`. `--thorough` does so for all, with both
+implementations.
 
 Which blocks are pruned, and which stay dense for what reason, stands in `docs/families.md` and README.md. A family
 whose row there is not what was found fails, unless `--write-families` is to write what was found.
@@ -63,15 +63,13 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 class Family:
     """A `model_type` of transformers with options of its config, and the sites of it that are refused: {name: why}.
 
-    `thorough`: all is checked by default too. `like`: a family whose blocks are built alike, so that this one is
-    checked by `--thorough` alone.
+    `thorough`: all is checked by default too.
     """
 
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     thorough: bool = False
-    like: str = ""
 
     @property
     def layers(self) -> int:
@@ -110,46 +108,46 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
     "opt": Family("opt"),
     "opt (post-norm)": Family("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
-    "mistral": Family("mistral", like="starcoder2"),
-    "qwen2": Family("qwen2", {"use_sliding_window": True, **BOTH_KINDS_OF_WINDOW}, like="llama"),
+    "mistral": Family("mistral"),
+    "qwen2": Family("qwen2", {"use_sliding_window": True, **BOTH_KINDS_OF_WINDOW}),
     "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", like="gemma2"),
+    "gemma": Family("gemma"),
     "gemma2": Family("gemma2", thorough=True),
     "gemma3_text": Family("gemma3_text", BOTH_KINDS_OF_WINDOW),
     "phi": Family("phi", {"qk_layernorm": True}),
     "phi3": Family("phi3"),
-    "gpt_neox": Family("gpt_neox", like="gpt_neox (sequential)"),
+    "gpt_neox": Family("gpt_neox"),
     "gpt_neox (sequential)": Family("gpt_neox", {"use_parallel_residual": False}),
     "gpt2": Family("gpt2"),
-    "falcon (multi-query)": Family("falcon", like="falcon (grouped)"),
+    "falcon (multi-query)": Family("falcon"),
     "falcon (sequential, ALiBi)": Family(
-        "falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+        "falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}, thorough=True
     ),
     "falcon (grouped)": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "olmo": Family("olmo", like="llama"),
-    "olmo2": Family("olmo2", like="olmo3"),
+    "olmo": Family("olmo"),
+    "olmo2": Family("olmo2"),
     "olmo3": Family("olmo3", BOTH_KINDS_OF_WINDOW),
     "granite_swa": Family("granite_swa"),  # reads its keys twice: the probed ones, and all of them for their logsumexp
     "granite": Family("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2}),
     "starcoder2": Family("starcoder2"),
-    "cohere": Family("cohere", {"use_qk_norm": True}, like="cohere2"),
+    "cohere": Family("cohere", {"use_qk_norm": True}),
     "cohere2": Family("cohere2", BOTH_KINDS_OF_WINDOW),
-    "stablelm": Family("stablelm", like="stablelm (parallel)"),
+    "stablelm": Family("stablelm"),
     "stablelm (parallel)": Family("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}),
     "bloom": Family("bloom"),
     "gptj": Family("gptj"),
-    "codegen": Family("codegen", like="gptj"),
+    "codegen": Family("codegen"),
     "mpt": Family("mpt", {"expansion_ratio": 2, "max_seq_len": 64}),
-    "glm": Family("glm", like="glm4"),
+    "glm": Family("glm"),
     "glm4": Family("glm4"),
     "nemotron": Family("nemotron"),
     "exaone4": Family("exaone4", BOTH_KINDS_OF_WINDOW),
-    "ernie4_5": Family("ernie4_5", like="llama"),
-    "seed_oss": Family("seed_oss", like="llama"),
-    "arcee": Family("arcee", like="nemotron"),
+    "ernie4_5": Family("ernie4_5"),
+    "seed_oss": Family("seed_oss"),
+    "arcee": Family("arcee"),
     "apertus": Family("apertus"),
-    "helium": Family("helium", like="llama"),
+    "helium": Family("helium"),
     "persimmon": Family("persimmon"),
     "doge": Family("doge"),
     "mixtral": Family(
@@ -206,7 +204,7 @@ FAMILIES: dict[str, Family] = {
 
 def case(name: str, implementation: str) -> Any:
     family = FAMILIES[name]
-    by_default = implementation == family.implementations()[0] and not family.like
+    by_default = implementation == family.implementations()[0]
     marks = [] if by_default else [pytest.mark.thorough]
     return pytest.param(name, implementation, id=f"{name}-{implementation}", marks=marks)
 

@@ -228,7 +228,7 @@ def test_new_widths_are_captured_anew() -> None:
 def test_a_compiled_model_says_that_its_widths_are_old() -> None:
     torch._dynamo.reset()
     model = llama(2)
-    compiled = torch.compile(model, backend="ppgraph", options={"ratio": 0.25, "allocation": "global", **SIZES})
+    compiled = torch.compile(model, backend="ppgraph", options={"ratio": 0.5, "allocation": "global", **SIZES})
     config = ppgraph.PruneConfig(ratio=0.5, allocation="global", **SIZES)
     runtime = pruning_of(model, config, {}).runtime
     runtime.lowering = "eager"
@@ -422,5 +422,5 @@ def test_least_loss_decides_what_a_calibrated_model_keeps() -> None:
     }
     whole = sum(site.units * macs[name] for name, site in sites.items())
     kept = sum(site.kept_units * macs[name] for name, site in sites.items())
-    assert 0.55 <= kept / whole <= 0.7
+    assert 0.55 <= kept / whole <= 0.7  # r' is 0.4
     assert relative(logits, masked_dense_logits(model, pruned.ppgraph.selection(), **FOUR[0])) < 1e-5

@@ -466,16 +466,16 @@ def value_of(operand: Any) -> Any:
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
-    """The sizes of a node's tensor; an empty tuple for anything else."""
+    """The sizes of a node's tensor, ints where they are known; an empty tuple for anything else."""
     value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    return tuple(map(_known, value.shape)) if isinstance(value, torch.Tensor) else ()
+
+
+def _known(size: Any) -> Any:
+    """A symbolic size that had turned out to be a number is that number."""
+    return int(expression(size)) if isinstance(size, torch.SymInt) and expression(size).is_number else size
 
 
 def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are known to be equal, without guarding on it."""
     return bool((expression(left) - expression(right)).expand() == 0)
-
-
-def is_static(size: Any) -> bool:
-    """Whether a size is known at compile time."""
-    return not isinstance(size, torch.SymInt) or bool(expression(size).is_number)

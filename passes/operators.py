@@ -586,17 +586,32 @@ PASSING = {aten.to, aten._to_copy, aten.dropout, aten.contiguous, aten.clone, at
            aten.lift_fresh_copy}  # fmt: skip
 VIEWS = RESHAPES | PIECES | TRANSPOSES | {
     aten.unsqueeze, aten.squeeze, aten.expand, aten.broadcast_to, aten.slice, aten.select, aten.contiguous, aten.clone,
-    aten.alias, aten.detach, aten.narrow, operator.getitem,
+    aten.alias, aten.detach, operator.getitem,
 }  # fmt: skip
 SOFTMAX = {aten.softmax, aten._softmax}
 BATCHED_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 LINEARS = {aten.linear, aten.addmm, aten.mm, aten.matmul}
 PRODUCTS = LINEARS | {
-    aten.bmm, aten.baddbmm, aten.einsum, aten.scaled_dot_product_attention, aten.convolution, aten.conv1d, aten.conv2d,
+    aten.bmm, aten.baddbmm, aten.scaled_dot_product_attention, aten.convolution, aten.conv1d, aten.conv2d,
     aten._grouped_mm, aten.dot, aten.mv, aten.bilinear, torch.ops.higher_order.scan,
 }  # fmt: skip
 
+# Pointwise, though torch does not tag all of their overloads so.
+UNTAGGED = {aten.masked_fill, aten.hardswish, aten.log_sigmoid, aten._prelu_kernel}
+# What these do, torch says with other operators: a captured graph holds those in their place, and they need no rules.
+COMPOSITES = (
+    aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.swapaxes.default,
+    aten.swapdims.default, aten.mT.default, aten.adjoint.default, aten.narrow.default, aten.reshape_as.default,
+    aten.view_as.default, aten.expand_as.default, aten.ravel.default, aten.repeat_interleave.self_int,
+    aten.broadcast_tensors.default, aten.concatenate.default, aten.concat.default, aten.hstack.default,
+    aten.einsum.default, aten.inner.default, aten.linalg_matmul.default, aten.glu.default, aten.prelu.default,
+    aten.multiply.Tensor, aten.multiply.Scalar, aten.subtract.Tensor, aten.subtract.Scalar, aten.divide.Tensor,
+    aten.divide.Scalar, aten.true_divide.Scalar, aten.absolute.default, aten.negative.default,
+    aten.special_expit.default,
+)  # fmt: skip
+
 RULES: dict[Any, Rule] = {
+    **dict.fromkeys(UNTAGGED, _pointwise),
     **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys(PASSING - {aten.slice}, _same),
     aten.transpose: _transpose,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ppgraph.passes.base import Builder, is_static, shape_of
+from ppgraph.passes.base import Builder, shape_of
 from ppgraph.passes.operators import is_reshape, is_sized
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def rebuild(build: Builder, node: Node, operands: Mapping[Node, Node], sizes: Ma
 
 def _shape(build: Builder, node: Node, sizes: Mapping[int, Any]) -> list[Any]:
     return [
-        sizes[dim] if dim in sizes else size if is_static(size) else build.size(node, dim)
+        sizes[dim] if dim in sizes else size if isinstance(size, int) else build.size(node, dim)
         for dim, size in enumerate(shape_of(node))
     ]
 

@@ -20,6 +20,7 @@ import sympy
 import torch
 import torch._dynamo.config
 import torch.fx.experimental._config as _symbolic_config
+from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import (
@@ -34,6 +35,7 @@ from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch._logging._internal import trace_structured
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -132,10 +134,11 @@ def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         return target(*args, **kwargs)
 
 
-def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
+def to_aten(module: GraphModule, values: Sequence[Any], taken_apart: Sequence[OpOverload] = ()) -> GraphModule:
     """Dynamo's graph as ATen operators before dispatch, the dialect of `torch.export`; call inside `graph_world`.
 
-    Each node keeps the stack trace of the model's source line and the modules that it stands in.
+    Operators `taken_apart` are replaced by those that torch makes them of. Each node keeps the stack trace of the
+    model's source line and the modules that it stands in.
     """
     interpreter = torch.fx.Interpreter(module)
 
@@ -143,8 +146,21 @@ def to_aten(module: GraphModule, values: Sequence[Any]) -> GraphModule:
         return interpreter.run(*inputs)
 
     with torch.fx.traceback.preserve_node_meta():
-        traced = make_fx(captured, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        traced = make_fx(
+            captured,
+            decomposition_table=_decompositions(tuple(taken_apart)),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*values)
     return GraphModule(traced, traced.graph, class_name="Captured")  # make_fx names it "<lambda>", which is no Python
+
+
+@functools.cache
+def _decompositions(operators: tuple[OpOverload, ...]) -> dict[OpOverload, Callable[..., Any]]:
+    """What each is made of: as torch's Python has it, or else its C++."""
+    written = get_decompositions(operators)
+    return {operator: written.get(operator, operator.decompose) for operator in operators}
 
 
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:

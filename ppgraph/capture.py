@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ppgraph import _torch
 from ppgraph.config import PruneConfig
 from ppgraph.passes.base import Program, same_size, shape_of
-from ppgraph.passes.operators import is_view
+from ppgraph.passes.operators import COMPOSITES, is_view
 from ppgraph.sharding import localise
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     sources = [_torch.placeholder_source(node) for node in placeholders]
     values = _torch.placeholder_values(module)
-    traced = _torch.to_aten(module, values)
+    traced = _torch.to_aten(module, values, COMPOSITES)
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     parameters: dict[Node, str] = {}
     masks: list[Node] = []

@@ -26,6 +26,7 @@ import ppgraph
 from ppgraph.passes import token_axes
 from ppgraph.runtime import LENGTH, cached_length
 from tests.reference import masked_dense_logits
+from tests.test_families import Family, exits
 from tests.test_generate import OPTIONS, cache_in, cached, model, prompts
 
 SIZES: dict[str, Any] = {
@@ -134,6 +135,19 @@ def test_a_conversation_equals_the_dense_model_masked_call_by_call(family: str, 
     pruned = ppgraph.transform(dense, **OPTIONS)
     require_conversation(dense, pruned, kind, 3, padded=True)
     assert {site.status for site in pruned.ppgraph.sites} == {"pruned"}
+
+
+def test_a_model_that_looks_up_in_a_static_cache_how_many_tokens_it_has_seen() -> None:
+    """OPT cuts its positions there: a step's one token is a symbolic size that is known to be 1."""
+    dense = Family("opt").model("sdpa")
+    pruned = ppgraph.transform(dense, **OPTIONS)
+    mine, other = empty_cache("static", dense), empty_cache("static", dense)
+    for inputs in turns(3, padded=True):
+        found = pruned(**inputs, **cached(mine)).logits
+        chosen = pruned.ppgraph.selection()
+        expected = masked_dense_logits(dense, chosen, exits=exits(pruned), **inputs, **cached(other))
+        real = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].bool()
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 def test_a_probe_of_everything_stands_for_products_alone_and_not_for_attention() -> None:

@@ -424,6 +424,45 @@ def check_fused_products(rewritten: GraphModule) -> None:
     assert sorted(widths) == sorted(3 * [4 * 8 + 2 * 2 * 8, 2 * 48, 48])
 
 
+class OtherWords(nn.Module):
+    """Attention over grouped keys, and MLPs, in operators that torch makes of others, or does not tag as pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(48, 48), nn.Linear(48, 16), nn.Linear(48, 16)
+        self.joined, self.back = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.pairs, self.leave = nn.Linear(48, 160), nn.Linear(80, 48)
+        self.wide, self.slope, self.narrow = nn.Linear(48, 64), nn.PReLU(64), nn.Linear(64, 48)
+
+    def forward(self, stream: Tensor, visible: Tensor) -> Tensor:
+        x = F.layer_norm(stream, stream.shape[-1:])
+        heads = self.query(x).unflatten(-1, (6, 8))
+        key, value = (each(x).unflatten(-1, (2, 8)).repeat_interleave(3, 2) for each in (self.key, self.value))
+        scores = torch.einsum("bqhd,bkhd->bhqk", heads, key).divide(8**0.5)
+        shares = scores.masked_fill(~visible, torch.tensor(-torch.inf)).softmax(-1)
+        stream = stream + self.joined(torch.einsum("bhqk,bkhd->bqhd", shares, value).reshape_as(x))
+        query, key, value = heads.swapaxes(1, 2), key.movedim(1, 2), value.movedim(1, 2)
+        query = torch.concat([query[..., 4:].negative(), query[..., :4]], -1)
+        hidden = visible.logical_not().expand_as(scores)
+        mixed = (query @ key.mT).masked_fill(hidden, -1e9).softmax(-1) @ value
+        stream = stream + self.back(mixed.swapaxes(1, 2).flatten(2))
+        stream = stream + self.leave(F.glu(self.pairs(stream)))
+        wide = self.wide(stream)
+        return stream + self.narrow(self.slope(wide.mT).mT.multiply(F.hardswish(wide).subtract(F.logsigmoid(wide))))
+
+
+def test_operators_that_torch_makes_of_others_need_no_rules() -> None:
+    torch.manual_seed(0)
+    dense = OddModel([OtherWords()]).eval()
+    pruned = ppgraph.transform(dense, **PRUNING)
+    for padding in ("left", "right"):
+        check_logits(dense, pruned, batch(padding), use_cache=False)
+    assert [(site.name, site.kind, site.status, site.reason) for site in pruned.ppgraph.sites] == [
+        (f"tower.0.{name}", kind, "pruned", "")
+        for name, kind in (("joined", "attention"), ("back", "attention"), ("leave", "mlp"), ("narrow", "mlp"))
+    ]
+
+
 class Refused(nn.Module):
     """An MLP that `change` makes impossible to prune."""
 

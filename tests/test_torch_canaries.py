@@ -195,6 +195,25 @@ def test_to_aten_gives_operators_before_dispatch_with_symbolic_sizes() -> None:
     assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in calls)
 
 
+def test_to_aten_takes_apart_what_it_is_told_to() -> None:
+    """One that torch's C++ makes of others, and one that its Python does."""
+    aten = torch.ops.aten
+
+    class Composite(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.glu(x.swapaxes(0, 1), 0)
+
+    def look(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            return _torch.to_aten(graph, fakes, (aten.swapaxes.default, aten.glu.default))
+
+    graph = seen_by_backend(look, Composite()).graph
+    targets = {node.target for node in graph.nodes if node.op == "call_function"}
+    assert aten.transpose.int in targets and aten.mul.Tensor in targets
+    assert not targets & {aten.swapaxes.default, aten.glu.default}
+
+
 def test_graph_world_does_not_guard_on_sizes_of_one() -> None:
     def look(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)

@@ -142,9 +142,7 @@ def before_products(node: Node) -> Iterator[Node]:
 
 def _multiplies_activations(product: Node) -> bool:
     """Whether both factors are computed in this graph: queries and keys, but no weight."""
-    if _packet(product) in BATCHED_PRODUCTS:
-        return not any(map(_is_given, _factors(product)))
-    return _packet(product) is aten.einsum and not any(map(_is_given, product.all_input_nodes))
+    return _packet(product) in BATCHED_PRODUCTS and not any(map(_is_given, _factors(product)))
 
 
 def _is_given(node: Node) -> bool:

@@ -49,7 +49,7 @@ class WrittenOut(Attention):
 
 
 class WrittenAsSum(WrittenOut):
-    """Scores by `einsum`, for which there is no rule: attention all the same."""
+    """Scores by `einsum`, channels that belong to no head: attention all the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.o(torch.einsum("bsc,btc->bst", self.q(x), self.q(x)).softmax(-1) @ self.q(x))

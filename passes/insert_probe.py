@@ -1,4 +1,4 @@
-"""Insert the probe: the samples and tokens with the largest residuals run ahead through each block.
+"""Insert the probe: some samples and tokens, those with the largest residuals, run ahead through each block.
 
 Paper symbols (Probe Pruning, section 4.1): R is the residual stream, n its norms, S' and B' the numbers of probed
 tokens and samples, y the probe's channels. Tokens are chosen first, over all samples; then samples, over those tokens.
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 # With so few probed tokens the first token, where attention gathers, is always one of them (method, step 1).
 FEW_TOKENS = 10
+GOLDEN = 2654435769  # 2^32 over the golden ratio
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,15 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
         token_count = min(token_count, length)
     norms = build(aten.linalg_vector_norm.default, build(aten.to.dtype, stream, torch.float32), 2, [-1])
     padding = padding_of(program, build, stream)
+    if padding is not None:
+        norms = build.where(padding.real, build(aten.gather.default, norms, 1, padding.columns), 0.0)
+    spread = config.probe_choice == "spread"
+    importance = _spread(build, norms, padding) if spread else build(aten.linalg_vector_norm.default, norms, 2, [0])
     used: Node | None = None
     if padding is None:
-        tokens = _most_important_tokens(build, norms, token_count)
+        tokens = _most_important_tokens(build, importance, token_count)
     else:
-        norms = build.where(padding.real, build(aten.gather.default, norms, 1, padding.columns), 0.0)
-        tokens, used = _most_important_real_tokens(build, norms, token_count, padding, config.probe_tokens, length)
+        tokens, used = _most_important_real_tokens(build, importance, token_count, padding, config.probe_tokens, length)
     chosen = build.select(norms, 1, tokens)
     if used is not None:
         chosen = build.where(used, chosen, 0.0)
@@ -156,9 +160,17 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
     return _placed(build, best, tokens, used, padding, (sample_count, token_count, length))
 
 
-def _most_important_tokens(build: Builder, norms: Node, count: Any) -> Node:
-    """Step 1 for a batch without padding: [B, S] norms -> [S'] ascending."""
-    importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
+def _spread(build: Builder, norms: Node, padding: Padding | None) -> Node:
+    """Numbers [S] whose highest lie evenly over the places, however many are taken (Fibonacci hashing)."""
+    place = _arange(build, build.size(norms, 1), norms)
+    order = build(aten.remainder.Scalar, build.mul(build.add(place, 1), GOLDEN), 2**32)
+    if padding is None:
+        return order  # type: ignore[no-any-return]
+    return build.where(build(aten.any.dim, padding.real, 0), order, -1)
+
+
+def _most_important_tokens(build: Builder, importance: Node, count: Any) -> Node:
+    """Step 1 for a batch without padding: [S] -> [S'] ascending."""
     tokens = build.highest_in_order(importance, count)
     if isinstance(count, int) and count > FEW_TOKENS:
         return tokens
@@ -167,7 +179,7 @@ def _most_important_tokens(build: Builder, norms: Node, count: Any) -> Node:
 
 
 def _most_important_real_tokens(
-    build: Builder, norms: Node, count: Any, padding: Padding, share: float, length: Any
+    build: Builder, importance: Node, count: Any, padding: Padding, share: float, length: Any
 ) -> tuple[Node, Node]:
     """Step 1 under padding: `count` places sized by the batch's shape, of which its real length decides how many count.
 
@@ -179,7 +191,6 @@ def _most_important_real_tokens(
     scaled = build.add(build.mul(padding.length, exact.numerator), exact.denominator - 1)
     wanted = build(aten.clamp.default, build(aten.floor_divide.default, scaled, exact.denominator), 2)
     wanted = build(aten.minimum.default, wanted, padding.length)
-    importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
     best = build.highest(importance, count)
     rank = _arange(build, count, best)
     last = build(aten.add.Scalar, best, length)

@@ -12,13 +12,14 @@ from typing import Any, Final
 from ppgraph.errors import ConfigError
 
 BLOCKS: Final = ("attention", "mlp")
+PROBE_CHOICES: Final = ("largest", "spread")
 STATISTICS: Final = ("fused", "probe", "history")
 DECODE_MODES: Final = ("reuse", "dense", "probe")
 
 # Names that the fields of the same name accept. Registering a piece of one's own (ppgraph.methods) adds its name.
 KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment"}
 KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
-KNOWN_ALLOCATIONS: Final = {"uniform", "global", "least-loss"}
+KNOWN_ALLOCATIONS: Final = {"uniform", "global", "spare-heads", "least-loss"}
 KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares"}
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {
@@ -27,11 +28,13 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "statistics": "fused",
         "probe_batch": 0.05,
         "probe_tokens": 0.5,
+        "probe_choice": "largest",
         "history_momentum": 0.99,
         "observed": "mean-square",
         "allocation": "uniform",
         "compensation": "none",
     },
+    "spread": {"probe_choice": "spread", "probe_batch": 1.0, "probe_tokens": 0.025, "allocation": "spare-heads"},
     "full-batch": {
         "score": "ppsp",
         "statistics": "probe",
@@ -49,8 +52,9 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "compensation": "mean",
     },
 }
-"""What each method stands for. A momentum of 1 freezes the history: these three do not update it."""
+"""What each method stands for. A momentum of 1 freezes the history: the last three do not update it."""
 
+METHODS: Final = tuple(_PRESETS)
 _DEFAULT_METHOD: Final = "pp"
 
 # Stands for "whatever the method says" until `__post_init__` puts the preset's value in its place, so that a
@@ -62,23 +66,27 @@ _FROM_METHOD: Final[Any] = None
 class PruneConfig:
     """How a model is pruned: frozen, hashable, checked at construction.
 
-    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens`, `history_momentum`, `observed`,
-    `allocation` and `compensation` (what these are made of: `ppgraph.methods`): what is left out
-    (or None) takes the method's value. The values of `"pp"` are mere defaults; the other methods *are* their values,
+    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens`, `probe_choice`, `history_momentum`,
+    `observed`, `allocation` and `compensation` (what these are made of: `ppgraph.methods`): what is left out (or None)
+    takes the method's value. The values of `"pp"` are mere defaults; the other methods *are* their values,
     so another written beside them raises. Once constructed, every field holds a concrete value.
 
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
-        method: `"pp"`, `"full-batch"`, `"wanda-sp"` or `"flap"`.
+        method: `"pp"` (the paper's), `"spread"` (probes some tokens of every sample, spares heads: costs less
+            perplexity), `"full-batch"`, `"wanda-sp"` or `"flap"`.
         score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
         statistics: What the score reads: the probe and the history `"fused"`, or only one of them.
         probe_batch: Share of the samples that is probed, in `(0, 1]`.
         probe_tokens: Share of the tokens that is probed, in `(0, 1]`.
+        probe_choice: Tokens with the `"largest"` residuals, or a `"spread"` of them, evenly over the sequence. Samples
+            are those with the largest residuals among them.
         history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
         observed: What calibration observes and the history holds: `"mean-square"`, `"fluctuation"`,
             `"second-moment"` or a registered name.
-        allocation: How many units each site keeps: `"uniform"`, or from calibration `"global"` (FLAP's threshold over
-            all sites), `"least-loss"` (what costs the model's loss the least) or a registered name.
+        allocation: How many units each site keeps: `"uniform"`, or once calibrated `"spare-heads"` (fewer heads, and
+            channels in their place), `"global"` (FLAP's threshold over all sites), `"least-loss"` (what costs the
+            model's loss the least) or a registered name.
         compensation: What the exit linear does about lost channels: `"none"`, `"mean"`, `"least-squares"` or a
             registered name.
         skip_layers: Number of first layers left dense.
@@ -98,6 +106,7 @@ class PruneConfig:
     statistics: str = _FROM_METHOD
     probe_batch: float = _FROM_METHOD
     probe_tokens: float = _FROM_METHOD
+    probe_choice: str = _FROM_METHOD
     history_momentum: float = _FROM_METHOD
     observed: str = _FROM_METHOD
     allocation: str = _FROM_METHOD
@@ -295,6 +304,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "statistics": _choice(STATISTICS),
     "probe_batch": _number(0, 1, open_low=True),
     "probe_tokens": _number(0, 1, open_low=True),
+    "probe_choice": _choice(PROBE_CHOICES),
     "history_momentum": _number(0, 1),
     "observed": _choice(KNOWN_OBSERVATIONS),
     "allocation": _choice(KNOWN_ALLOCATIONS),

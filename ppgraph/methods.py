@@ -48,7 +48,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import torch
 from torch import Tensor
 
-from ppgraph.config import KNOWN_ALLOCATIONS, KNOWN_COMPENSATIONS, KNOWN_OBSERVATIONS, KNOWN_SCORES
+from ppgraph.config import (
+    KNOWN_ALLOCATIONS,
+    KNOWN_COMPENSATIONS,
+    KNOWN_OBSERVATIONS,
+    KNOWN_SCORES,
+    kept_channels,
+    kept_heads,
+)
 from ppgraph.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -172,6 +179,9 @@ Piece = TypeVar("Piece")
 # The share of a channel's energy that least squares takes for noise: kept channels that rarely fire stay finite.
 DAMPING: Final = 0.01
 TINY: Final = 1e-12
+# Of allocation="spare-heads": what heads lose, as a share of the ratio, and the largest share that channels lose.
+HEADS_SHARE: Final = 1 / 3
+MOST_CHANNELS: Final = 0.9
 
 
 def register_observation(
@@ -345,10 +355,33 @@ def _global_threshold(candidates: Sequence[Candidate], ratio: float) -> Mapping[
     }
 
 
+def _spare_heads(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, int]:
+    """Heads lose a third of `ratio`, channels so much more that the multiply-adds of `ratio` go; all layers lose alike.
+
+    A head costs the model more than the channels of as many multiply-adds do, where query heads share keys above all
+    (docs/quality.md). No channels are spared beyond `MOST_CHANNELS`: from there on heads lose more.
+    """
+    heads = [candidate for candidate in candidates if candidate.site.kind == "attention"]
+    channels = [candidate for candidate in candidates if candidate.site.kind == "mlp"]
+    left = ratio * (_macs(heads) + _macs(channels))
+    if heads:
+        share = max(ratio * HEADS_SHARE, (left - MOST_CHANNELS * _macs(channels)) / _macs(heads))
+        kept = {candidate.site.name: kept_heads(candidate.site.units, share) for candidate in heads}
+        left -= sum((candidate.site.units - kept[candidate.site.name]) * candidate.unit_macs for candidate in heads)
+    else:
+        kept = {}
+    share = left / _macs(channels) if channels else 0
+    return kept | {candidate.site.name: kept_channels(candidate.site.units, share, 1) for candidate in channels}
+
+
+def _macs(candidates: Sequence[Candidate]) -> float:
+    return sum(candidate.unit_macs * candidate.site.units for candidate in candidates)
+
+
 def _least_loss(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, int]:
     """The widths that cost the least loss at `ratio` of all multiply-adds: a knapsack over the convex hulls."""
     segments = [segment for candidate in candidates for segment in _hull(candidate)]
-    left = ratio * sum(candidate.unit_macs * candidate.site.units for candidate in candidates)
+    left = ratio * _macs(candidates)
     kept = {candidate.site.name: candidate.site.units for candidate in candidates}
     full: set[str] = set()
     for _, name, dropped, cost in sorted(segments, key=lambda segment: segment[0]):
@@ -416,6 +449,7 @@ register_score(
 )
 register_score("flap", lambda f, weight_term: f * weight_term, units=lambda channels: channels.mean(1))
 register_allocation("global", _global_threshold)
+register_allocation("spare-heads", _spare_heads)
 register_allocation("least-loss", _least_loss, by_loss=True)
 register_compensation("mean", _mean_output, needs=("mean",))
 register_observation(

@@ -146,6 +146,7 @@ def configs(draw: st.DrawFn, layers: int) -> dict[str, Any]:
             "score": draw(st.sampled_from(("ppsp", "ppsp", "wanda-sp", "flap"))),
             "probe_batch": draw(st.sampled_from((0.05, 0.34, 0.5, 1.0))),
             "probe_tokens": draw(st.sampled_from((0.5, 0.1, 0.3, 1.0))),
+            "probe_choice": draw(st.sampled_from(("largest", "largest", "spread"))),
             "history_momentum": draw(st.sampled_from((0.99, 0.5, 0.0, 1.0))),
         }
         if draw(st.integers(0, 4)) == 4:
@@ -158,6 +159,7 @@ PIECES: tuple[dict[str, Any], ...] = (
     {"observed": "second-moment", "compensation": "least-squares"},
     {"observed": "fluctuation", "compensation": "mean"},
     {"allocation": "global"},
+    {"allocation": "spare-heads"},
     {"allocation": "least-loss"},
 )
 
@@ -377,6 +379,7 @@ def reference_of(case: Case, dense: Any, config: ppgraph.PruneConfig) -> Watched
         "ratio",
         "probe_batch",
         "probe_tokens",
+        "probe_choice",
         "history_momentum",
         "skip_layers",
         "rescale_ratio",

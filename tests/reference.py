@@ -377,12 +377,20 @@ def top(values: Tensor, k: int) -> Tensor:
     return torch.sort(values, descending=True, stable=True).indices[:k].sort().values
 
 
-def probed_places(n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float) -> tuple[Tensor, Tensor]:
+def spread_places(real: Tensor, k: int) -> Tensor:
+    """k of the places where any sample has a token: with the highest (place + 1) * 2^32 / 1.618..., modulo 2^32."""
+    places = real.any(dim=0).nonzero().flatten().tolist()
+    return torch.tensor(sorted(sorted(places, key=lambda place: -((place + 1) * 2654435769 % 2**32))[:k]))
+
+
+def probed_places(
+    n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float, choice: str = "largest"
+) -> tuple[Tensor, Tensor]:
     """Step 1: (samples, tokens) to probe, from the residual norms n [B, S]. Tokens are chosen first."""
     n = torch.where(real, n, 0.0)
     length = int(real.any(dim=0).sum())
     kept = min(max(share(length, probe_tokens), 2), length)
-    tokens = top(n.square().sum(dim=0).sqrt(), kept)
+    tokens = spread_places(real, kept) if choice == "spread" else top(n.square().sum(dim=0).sqrt(), kept)
     if kept <= 10:
         tokens[0] = 0  # the attention sink is always probed
     samples = top(n[:, tokens].square().sum(dim=1).sqrt(), share(n.shape[0], probe_batch))
@@ -532,6 +540,7 @@ class Reference:
         ratio: float,
         probe_batch: float = 0.05,
         probe_tokens: float = 0.5,
+        probe_choice: str = "largest",
         history_momentum: float = 0.99,
         skip_layers: int = 3,
         rescale_ratio: bool = True,
@@ -547,7 +556,7 @@ class Reference:
         if model.training:
             raise ValueError("the model must be in eval mode")
         self.adapter: Adapter = ADAPTERS[model.config.model_type](model)
-        self.probe_batch, self.probe_tokens = probe_batch, probe_tokens
+        self.probe_batch, self.probe_tokens, self.probe_choice = probe_batch, probe_tokens, probe_choice
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
@@ -661,7 +670,7 @@ class Reference:
             length = int(real.any(dim=0).sum())
             return self.history_at(block, torch.arange(length)).sum(dim=0)
         n = residual.float().square().sum(dim=-1).sqrt()
-        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens)
+        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens, self.probe_choice)
         probe = [t[samples][:, tokens] for t in (x, real, *positional)]
         y = self.full_exit_input(block, probe[0], probe[2:], probe[1], torch.arange(block.units))
         p = mean_square(y, probe[1])

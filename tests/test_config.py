@@ -55,7 +55,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("ratio", True, "found True"),
     ("ratio", "0.4", r"found '0.4' \(str\)"),
     ("ratio", None, "found None"),
-    ("method", "magic", "one of flap, full-batch, pp, wanda-sp"),
+    ("method", "magic", "one of flap, full-batch, pp, spread, wanda-sp"),
     ("method", ["pp"], r"found \['pp'\] \(list\)"),
     ("method", None, "found None"),
     ("score", "magic", "one of flap, ppsp, wanda-sp"),

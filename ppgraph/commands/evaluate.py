@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ppgraph.commands import add_batch, add_examples, add_json, add_model, as_json, load, positive
-from ppgraph.config import PruneConfig
+from ppgraph.config import METHODS, PruneConfig
 from ppgraph.errors import InputError
 
 
@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="what to score; of several, batches mix all"
     )
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="what fills the history")
-    parser.add_argument(
-        "--methods", nargs="+", default=["pp", "full-batch", "wanda-sp", "flap"], metavar="NAME", help="which (all)"
-    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="which (all)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4], metavar="X", help="removed (0.2 0.4)")
     add_batch(parser, samples=20, tokens=1024)
     parser.add_argument("--batches", type=positive, metavar="N", help="batches to score (the whole text)")

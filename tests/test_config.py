@@ -25,6 +25,7 @@ def test_defaults_are_those_of_the_interface() -> None:
         "statistics": "fused",
         "probe_batch": 0.05,
         "probe_tokens": 0.5,
+        "probe_choice": "largest",
         "history_momentum": 0.99,
         "skip_layers": 3,
         "rescale_ratio": True,
@@ -61,6 +62,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("score", "magic", "one of flap, ppsp, wanda-sp"),
     ("score", 1, r"found 1 \(int\)"),
     ("statistics", "both", "one of fused, history, probe"),
+    ("probe_choice", "random", "one of largest, spread"),
     ("probe_batch", 0, r"in \(0, 1\], found 0"),
     ("probe_batch", 1.5, "found 1.5"),
     ("probe_batch", math.nan, "found nan"),
@@ -108,6 +110,7 @@ def test_blocks_have_one_order() -> None:
         ("full-batch", ("ppsp", "probe", 1.0, 1.0, 1.0)),
         ("wanda-sp", ("wanda-sp", "history", 0.05, 0.5, 1.0)),
         ("flap", ("flap", "history", 0.05, 0.5, 1.0)),
+        ("spread", ("ppsp", "fused", 1.0, 0.025, 0.99)),
     ],
 )
 def test_method_fills_what_is_left_out(method: str, expected: tuple[object, ...]) -> None:

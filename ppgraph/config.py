@@ -34,7 +34,7 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "allocation": "uniform",
         "compensation": "none",
     },
-    "spread": {"probe_choice": "spread", "probe_batch": 1.0, "probe_tokens": 0.025, "allocation": "spare-heads"},
+    "spare-heads": {"allocation": "spare-heads"},
     "full-batch": {
         "score": "ppsp",
         "statistics": "probe",
@@ -73,7 +73,7 @@ class PruneConfig:
 
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
-        method: `"pp"` (the paper's), `"spread"` (probes some tokens of every sample, spares heads: costs less
+        method: `"pp"` (the paper's), `"spare-heads"` (the same with more heads and fewer channels: costs less
             perplexity), `"full-batch"`, `"wanda-sp"` or `"flap"`.
         score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
         statistics: What the score reads: the probe and the history `"fused"`, or only one of them.

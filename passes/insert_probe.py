@@ -1,4 +1,4 @@
-"""Insert the probe: some samples and tokens, those with the largest residuals, run ahead through each block.
+"""Insert the probe: some samples and tokens run ahead through each block, by default those with the largest residuals.
 
 Paper symbols (Probe Pruning, section 4.1): R is the residual stream, n its norms, S' and B' the numbers of probed
 tokens and samples, y the probe's channels. Tokens are chosen first, over all samples; then samples, over those tokens.

@@ -584,7 +584,7 @@ PASSING = {aten.to, aten._to_copy, aten.dropout, aten.contiguous, aten.clone, at
            aten.lift_fresh_copy}  # fmt: skip
 VIEWS = RESHAPES | PIECES | TRANSPOSES | {
     aten.unsqueeze, aten.squeeze, aten.expand, aten.broadcast_to, aten.slice, aten.select, aten.contiguous, aten.clone,
-    aten.alias, aten.detach, operator.getitem,
+    aten.alias, aten.detach, aten.narrow, operator.getitem,
 }  # fmt: skip
 SOFTMAX = {aten.softmax, aten._softmax}
 BATCHED_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}

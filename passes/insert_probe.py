@@ -29,11 +29,12 @@ class Padding:
     """Where the real tokens lie when an attention mask was given; rows are aligned at their first real token.
 
     `columns` [B, S]: the column of each sample's j-th place, each column once. `real` [B, S]: whether a real token is
-    there. `length` []: the number of places at which any sample has a token.
+    there. `places` [S]: at which any sample has a token. `length` []: how many those are.
     """
 
     columns: Node
     real: Node
+    places: Node
     length: Node
 
 
@@ -95,7 +96,7 @@ def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     columns = build.where(build(aten.lt.Scalar, columns, length), columns, build(aten.sub.Scalar, columns, length))
     aligned = build(aten.gather.default, real, 1, columns)
     places = build(aten.any.dim, aligned, 0)
-    return Padding(columns, aligned, build(aten.sum.default, places))
+    return Padding(columns, aligned, places, build(aten.sum.default, places))
 
 
 def _real_by_token(mask: Node, build: Builder, length: Any) -> Node:
@@ -166,7 +167,7 @@ def _spread(build: Builder, norms: Node, padding: Padding | None) -> Node:
     order = build(aten.remainder.Scalar, build.mul(build.add(place, 1), GOLDEN), 2**32)
     if padding is None:
         return order  # type: ignore[no-any-return]
-    return build.where(build(aten.any.dim, padding.real, 0), order, -1)
+    return build.where(padding.places, order, -1)
 
 
 def _most_important_tokens(build: Builder, importance: Node, count: Any) -> Node:

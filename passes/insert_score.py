@@ -106,7 +106,7 @@ def _history_statistics(program: Program, build: Builder, site: Site) -> Node:
     history = history_of(program, site)
     padding = padding_of(program, build, program.analysis[site.name].stream)
     if padding is not None:
-        places = build(aten.unsqueeze.default, build(aten.any.dim, padding.real, 0), 1)
+        places = build(aten.unsqueeze.default, padding.places, 1)
         history = build.where(places, history, 0.0)
     return build.sum(history, 0)
 

@@ -142,6 +142,6 @@ def _move(program: Program, build: Builder, site: Site, history: Node, observed:
     allowed = whole
     padding = program.shared.get("padding")
     if padding is not None:
-        seen = build(aten.unsqueeze.default, build(aten.any.dim, padding.real, 0), 1)
+        seen = build(aten.unsqueeze.default, padding.places, 1)
         allowed = build(aten.logical_and.default, seen, whole)
     build(aten.index_copy_.default, history, 1, channels, build.where(allowed, new, old))

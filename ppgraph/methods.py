@@ -359,17 +359,16 @@ def _spare_heads(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, 
     """Heads lose a third of `ratio`, channels so much more that the multiply-adds of `ratio` go; all layers lose alike.
 
     A head costs the model more than the channels of as many multiply-adds do, where query heads share keys above all
-    (docs/quality.md). No channels are spared beyond `MOST_CHANNELS`: from there on heads lose more.
+    (docs/quality.md). Channels lose at most `MOST_CHANNELS` of theirs, and heads what is then missing.
     """
     heads = [candidate for candidate in candidates if candidate.site.kind == "attention"]
     channels = [candidate for candidate in candidates if candidate.site.kind == "mlp"]
     left = ratio * (_macs(heads) + _macs(channels))
+    kept: dict[str, int] = {}
     if heads:
         share = max(ratio * HEADS_SHARE, (left - MOST_CHANNELS * _macs(channels)) / _macs(heads))
         kept = {candidate.site.name: kept_heads(candidate.site.units, share) for candidate in heads}
         left -= sum((candidate.site.units - kept[candidate.site.name]) * candidate.unit_macs for candidate in heads)
-    else:
-        kept = {}
     share = left / _macs(channels) if channels else 0
     return kept | {candidate.site.name: kept_channels(candidate.site.units, share, 1) for candidate in channels}
 

@@ -12,6 +12,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, Protocol
 
 import torch
@@ -83,7 +84,7 @@ class StateInput:
     """An input added to the graph that the runtime fills in at each call.
 
     Roles: `history` [S, C] fp32 (a tensor of the history at this batch's positions, mutated), `centre` [C] fp32 (one of
-    its means over all positions), `moment` [C, C] fp32 (mutated by calibration), `weight_term` [C] fp32,
+    its means over all positions), `moment` [C, columns] fp32 (mutated by calibration), `weight_term` [C] fp32,
     `rows` (a constant index table), `seen` [S] fp32 (samples that calibration has seen at each position, mutated),
     `units` [U'] (a selection made before) and `packed` (a result of the packing graph; `site` is its number).
     """
@@ -347,10 +348,8 @@ class Builder:
         parts = [self._computed(part, sources) for part in term.args]
         return functools.reduce(lambda left, right: self(apply, left, right), parts)
 
-    def share_of(self, size: Any, share: float) -> Any:
+    def share_of(self, size: Any, share: float | Fraction) -> Any:
         """`ceil(size * share)` in whole numbers, for an int or a symbolic size."""
-        from fractions import Fraction
-
         exact = Fraction(str(share))
         scaled = self(operator.add, self(operator.mul, size, exact.numerator), exact.denominator - 1)
         return self(operator.floordiv, scaled, exact.denominator)
@@ -358,6 +357,10 @@ class Builder:
     def add(self, left: Any, right: Any) -> Any:
         """`left + right` with broadcasting."""
         return self(torch.ops.aten.add.Tensor, left, right)
+
+    def sub(self, left: Any, right: Any) -> Any:
+        """`left - right` with broadcasting."""
+        return self(torch.ops.aten.sub.Tensor, left, right)
 
     def mul(self, left: Any, right: Any) -> Any:
         """`left * right` with broadcasting."""

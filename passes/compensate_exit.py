@@ -48,9 +48,11 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
     block: Block = program.analysis[site.name]
     _, channels = program.shared["kept", site.name]
     whole = block.weight if block.weight_dim == 1 else build(aten.t.default, block.weight)
-    observation = OBSERVATIONS[program.config.observed]
-    memory = {tensor: _centre_of(program, site, block, tensor) for tensor in observation.tensors}
-    memory |= {moment: moment_of(program, site, moment) for moment in observation.moments}
+    moments = OBSERVATIONS[program.config.observed].moments
+    memory = {
+        name: moment_of(program, site, name) if name in moments else _centre_of(program, site, block, name)
+        for name in compensation.needs
+    }
     name = f"compensation {program.config.compensation!r}"
     found = build.inline(name, compensation.compensate, whole, channels, memory)
     weight, constant = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, found)

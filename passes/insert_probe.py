@@ -2,17 +2,22 @@
 
 Paper symbols (Probe Pruning, section 4.1): R is the residual stream, n its norms, S' and B' the numbers of probed
 tokens and samples, y the probe's channels. Tokens are chosen first, over all samples; then samples, over those tokens.
+
+With `probe_choice="spread"` MLPs, for which no token needs its neighbours, are probed by single rows (a token of a
+sample) that are spread evenly over the batch: a share of probe_batch times probe_tokens of them, whatever its shape.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ppgraph.config import PruneConfig
 from ppgraph.passes.base import Builder, PassResult, Program, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.token_axes import Prober, Sampling
@@ -21,7 +26,6 @@ aten = torch.ops.aten
 
 # With so few probed tokens the first token, where attention gathers, is always one of them (method, step 1).
 FEW_TOKENS = 10
-GOLDEN = 2654435769  # 2^32 over the golden ratio
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class InsertProbe:
         for site in program.scored_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
-            sampling = sampling_of(program, build, block.stream)
-            gathered = program.shared.setdefault(("gathered", block.stream), {})
+            by_row = program.config.probe_choice == "spread" and site.kind == "mlp"
+            sampling = (rows_of if by_row else sampling_of)(program, build, block.stream)
+            gathered = program.shared.setdefault(("gathered", block.stream, sampling.rows), {})
             prober = Prober(block.probe, build, sampling, gathered)
             y = prober.run()
             sizes = [sampling.sample_count, sampling.token_count, site.width]
@@ -80,11 +85,15 @@ def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None
     if program.token_mask is None:
         return None
     if "padding" not in program.shared:
-        # Ahead of everything: what all layers read must not make the first of them unlike the others.
-        first = next(node for node in program.graph.nodes if node.op != "placeholder")
-        program.shared["padding"] = _padding(program.token_mask, Builder(program, first, build.author), stream)
+        ahead = Builder(program, _first_call(program), build.author)
+        program.shared["padding"] = _padding(program.token_mask, ahead, stream)
     padding: Padding = program.shared["padding"]
     return padding
+
+
+def _first_call(program: Program) -> Node:
+    """Ahead of everything: what all layers read must not make the first of them unlike the others."""
+    return next(node for node in program.graph.nodes if node.op != "placeholder")  # type: ignore[no-any-return]
 
 
 def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
@@ -146,8 +155,7 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
     padding = padding_of(program, build, stream)
     if padding is not None:
         norms = build.where(padding.real, build(aten.gather.default, norms, 1, padding.columns), 0.0)
-    spread = config.probe_choice == "spread"
-    importance = _spread(build, norms, padding) if spread else build(aten.linalg_vector_norm.default, norms, 2, [0])
+    importance = build(aten.linalg_vector_norm.default, norms, 2, [0])
     used: Node | None = None
     if padding is None:
         tokens = _most_important_tokens(build, importance, token_count)
@@ -161,13 +169,50 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
     return _placed(build, best, tokens, used, padding, (sample_count, token_count, length))
 
 
-def _spread(build: Builder, norms: Node, padding: Padding | None) -> Node:
-    """Numbers [S] whose highest lie evenly over the places, however many are taken (Fibonacci hashing)."""
-    place = _arange(build, build.size(norms, 1), norms)
-    order = build(aten.remainder.Scalar, build.mul(build.add(place, 1), GOLDEN), 2**32)
+def rows_of(program: Program, build: Builder, stream: Node) -> Sampling:
+    """The rows to probe of blocks without attention, each a sample of one token: the same for all layers."""
+    if "rows" not in program.shared:
+        padding = padding_of(program, build, stream)
+        anchor = _first_call(program) if padding is None else padding.length.next
+        ahead = Builder(program, anchor, build.author)
+        program.shared["rows"] = _evenly_spaced(ahead, program.config, stream, padding)
+    rows: Sampling = program.shared["rows"]
+    return rows
+
+
+def _evenly_spaced(build: Builder, config: PruneConfig, stream: Node, padding: Padding | None) -> Sampling:
+    """Of n rows, sample after sample, each at which the share of them fills another whole one."""
+    samples, length = build.size(stream, 0), build.size(stream, 1)
+    total = build(operator.mul, samples, length)
+    share = Fraction(str(config.probe_batch)) * Fraction(str(config.probe_tokens))
+    count = build.share_of(total, share)
+    real = None
     if padding is None:
-        return order  # type: ignore[no-any-return]
-    return build.where(padding.places, order, -1)
+        filled = build.mul(build.add(_arange(build, count, stream), 1), total)
+        picked = build.sub(_divided(build, build.add(filled, build(operator.sub, count, 1)), count), 1)
+    else:
+        chosen = _every_so_many(build, build(aten.reshape.default, padding.real, [-1]), share)
+        picked = build.highest(build(aten.to.dtype, chosen, torch.int32), count)
+        real = build(aten.unsqueeze.default, build.select(chosen, 0, picked), 1)
+    sample, place = _divided(build, picked, length), build(aten.remainder.Scalar, picked, length)
+    column = place if padding is None else build(aten.index.Tensor, padding.columns, [sample, place])
+    rows = build.add(build.mul(sample, length), column)
+    columns = column if samples == 1 else build(aten.unsqueeze.default, column, 1)
+    return Sampling(sample, None, columns, rows, count, 1, real)
+
+
+def _every_so_many(build: Builder, real: Node, share: Fraction) -> Node:
+    """Of the rows [N] that are real, a share, as `_evenly_spaced` takes them: [N] bool."""
+    upto = build(aten.cumsum.default, real, 0)
+    count = build(aten.sum.default, real)
+    scaled = build.add(build.mul(count, share.numerator), share.denominator - 1)
+    wanted, count = _divided(build, scaled, share.denominator), build(aten.clamp.default, count, 1)
+    before, after = (_divided(build, build.mul(rank, wanted), count) for rank in (build.sub(upto, 1), upto))
+    return build(aten.logical_and.default, real, build(aten.ne.Tensor, before, after))  # type: ignore[no-any-return]
+
+
+def _divided(build: Builder, number: Node, by: Any) -> Node:
+    return build(aten.floor_divide.default, number, by)  # type: ignore[no-any-return]
 
 
 def _most_important_tokens(build: Builder, importance: Node, count: Any) -> Node:
@@ -186,11 +231,9 @@ def _most_important_real_tokens(
 
     Returns tokens [S'], all different, and used [S'], False at fillers, which stand last.
     """
-    from fractions import Fraction
-
     exact = Fraction(str(share))
     scaled = build.add(build.mul(padding.length, exact.numerator), exact.denominator - 1)
-    wanted = build(aten.clamp.default, build(aten.floor_divide.default, scaled, exact.denominator), 2)
+    wanted = build(aten.clamp.default, _divided(build, scaled, exact.denominator), 2)
     wanted = build(aten.minimum.default, wanted, padding.length)
     best = build.highest(importance, count)
     rank = _arange(build, count, best)

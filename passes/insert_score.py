@@ -76,11 +76,12 @@ def history_of(program: Program, site: Site, tensor: str | None = None) -> Node:
 
 
 def moment_of(program: Program, site: Site, moment: str) -> Node:
-    """A moment of the site's history, [C, C] fp32; an input of the graph."""
+    """A moment of the site's history, [C, columns] fp32; an input of the graph."""
     key = ("moment", site.name, moment)
     if key not in program.shared:
         stream = program.analysis[site.name].stream
-        value = stream.meta["val"].new_empty((site.width, site.width), dtype=torch.float32)
+        shape = OBSERVATIONS[program.config.observed].moment_shape(moment, site.width)
+        value = stream.meta["val"].new_empty(shape, dtype=torch.float32)
         program.shared[key] = program.add_state_input(StateInput("moment", site.name, tensor=moment), value)
     node: Node = program.shared[key]
     return node
@@ -93,9 +94,11 @@ def _statistics(program: Program, build: Builder, site: Site) -> Node:
         return _history_statistics(program, build, site)
     probe: Probe = program.shared["probe", site.name]
     squares = probe_state(program, build, probe)
-    used = probe.sampling.used
+    tokens, used = probe.sampling.tokens, probe.sampling.used
     if config.statistics == "fused":
-        history = build.select(history_of(program, site), 0, probe.sampling.tokens)
+        history = history_of(program, site)
+        # Rows of no position in common are averaged, and so is what they are fused with: [1, C].
+        history = _mean_over_places(program, build, site) if tokens is None else build.select(history, 0, tokens)
         squares = fuse(build, squares, history)
     if used is not None:
         squares = build.where(build(aten.unsqueeze.default, used, 1), squares, 0.0)
@@ -109,6 +112,15 @@ def _history_statistics(program: Program, build: Builder, site: Site) -> Node:
         places = build(aten.unsqueeze.default, padding.places, 1)
         history = build.where(places, history, 0.0)
     return build.sum(history, 0)
+
+
+def _mean_over_places(program: Program, build: Builder, site: Site) -> Node:
+    """The history averaged over the places at which any sample has a token, [1, C]."""
+    stream = program.analysis[site.name].stream
+    padding = padding_of(program, build, stream)
+    count = build.size(stream, 1) if padding is None else build(aten.clamp.default, padding.length, 1)
+    total = build(aten.unsqueeze.default, _history_statistics(program, build, site), 0)
+    return build(aten.div.Tensor, total, count)  # type: ignore[no-any-return]
 
 
 def probe_state(program: Program, build: Builder, probe: Probe) -> Node:

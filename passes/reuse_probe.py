@@ -60,11 +60,17 @@ class ReuseProbe:
 
 
 def _is_worthwhile(program: Program, sampling: Sampling, stream: Node) -> bool:
-    """Whether enough rows are probed, by the batch's samples: tokens are about the configured share of a sample's."""
+    """Whether enough rows are probed, by the batch's samples: tokens are about the configured share of a sample's.
+
+    Single rows are about their configured share of the batch's.
+    """
+    tokens = Fraction(str(program.config.probe_tokens))
+    if sampling.tokens is None:
+        return Fraction(str(program.config.probe_batch)) * tokens > WORTHWHILE_SHARE
     probed, samples = (hint(value_of(size)) for size in (sampling.sample_count, shape_of(stream)[0]))
     if probed is None or samples is None:
         return True
-    return probed * Fraction(str(program.config.probe_tokens)) > samples * WORTHWHILE_SHARE
+    return probed * tokens > samples * WORTHWHILE_SHARE
 
 
 def _reuse(program: Program, build: Builder, site: Site, probe: Probe, outcome: PassResult) -> None:
@@ -142,8 +148,8 @@ class RowOrder:
 
 
 def row_order(program: Program, build: Builder, stream: Node, sampling: Sampling) -> RowOrder:
-    """The order of rows for all blocks that read a residual stream."""
-    key = ("row order", stream)
+    """The order of rows for all blocks that probe the same ones."""
+    key = ("row order", sampling.rows)
     if key not in program.shared:
         program.shared[key] = _row_order(program, build, stream, sampling)
     order: RowOrder = program.shared[key]

@@ -96,14 +96,15 @@ class ProbePlan:
 class Sampling:
     """The chosen samples and tokens of one residual stream.
 
-    `samples` [B'] and `tokens` [S'] ascend; `tokens` counts from each sample's first real token. `columns` [S'] or,
+    `samples` [B'] and `tokens` [S'] ascend; `tokens` counts from each sample's first real token, and is None where
+    single rows were chosen: then each row is a sample of one token, and B' counts rows. `columns` [S'] or,
     when samples start at different columns, [B', S'] says where those tokens lie, and `rows` [B'·S'] where in flattened
     batches. `real` [B', S'] is False where a
     sample has no token there, `used` [S'] where a token was chosen only to fill up; both None without padding.
     """
 
     samples: Node
-    tokens: Node
+    tokens: Node | None
     columns: Node
     rows: Node
     sample_count: Any

@@ -17,10 +17,10 @@ STATISTICS: Final = ("fused", "probe", "history")
 DECODE_MODES: Final = ("reuse", "dense", "probe")
 
 # Names that the fields of the same name accept. Registering a piece of one's own (ppgraph.methods) adds its name.
-KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment"}
+KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment", "low-rank"}
 KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
 KNOWN_ALLOCATIONS: Final = {"uniform", "global", "spare-heads", "least-loss"}
-KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares"}
+KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares", "low-rank"}
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {
     "pp": {
@@ -34,7 +34,12 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "allocation": "uniform",
         "compensation": "none",
     },
-    "spare-heads": {"allocation": "spare-heads"},
+    "spread": {
+        "probe_choice": "spread",
+        "observed": "low-rank",
+        "allocation": "spare-heads",
+        "compensation": "low-rank",
+    },
     "full-batch": {
         "score": "ppsp",
         "statistics": "probe",
@@ -73,22 +78,23 @@ class PruneConfig:
 
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
-        method: `"pp"` (the paper's), `"spare-heads"` (the same with more heads and fewer channels: costs less
-            perplexity), `"full-batch"`, `"wanda-sp"` or `"flap"`.
+        method: `"pp"` (the paper's), `"spread"` (the same with MLPs probed all over the batch, more heads and fewer
+            channels kept, and exit weights that make up for what is lost: costs less than half the perplexity),
+            `"full-batch"`, `"wanda-sp"` or `"flap"`.
         score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
         statistics: What the score reads: the probe and the history `"fused"`, or only one of them.
         probe_batch: Share of the samples that is probed, in `(0, 1]`.
         probe_tokens: Share of the tokens that is probed, in `(0, 1]`.
-        probe_choice: Tokens with the `"largest"` residuals, or a `"spread"` of them, evenly over the sequence. Samples
-            are those with the largest residuals among them.
+        probe_choice: Samples and tokens with the `"largest"` residuals; or for MLPs a `"spread"` of single tokens,
+            evenly over all samples, in all a share of `probe_batch * probe_tokens`, whose averages are fused.
         history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
         observed: What calibration observes and the history holds: `"mean-square"`, `"fluctuation"`,
-            `"second-moment"` or a registered name.
+            `"second-moment"`, `"low-rank"` or a registered name.
         allocation: How many units each site keeps: `"uniform"`, or once calibrated `"spare-heads"` (fewer heads, and
             channels in their place), `"global"` (FLAP's threshold over all sites), `"least-loss"` (what costs the
             model's loss the least) or a registered name.
-        compensation: What the exit linear does about lost channels: `"none"`, `"mean"`, `"least-squares"` or a
-            registered name.
+        compensation: What the exit linear does about lost channels: `"none"`, `"mean"`, `"least-squares"`,
+            `"low-rank"` or a registered name.
         skip_layers: Number of first layers left dense.
         rescale_ratio: Raise the ratio of the other layers to make up for the skipped ones.
         width_multiple: Kept MLP widths are multiples of it.

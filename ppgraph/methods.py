@@ -42,7 +42,8 @@ Symbols: B samples, S positions, D hidden size, C channels of a site, C' kept on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
@@ -71,10 +72,10 @@ class Observation:
 
     Attributes:
         tensors: Names of what is held, each [positions, C] fp32 from 0 on. Scores read the first.
-        moments: Names of what is held without positions, each [C, C] fp32 from 0 on; only calibration changes them.
-            They take C/positions times the memory of a tensor.
-        calibrate: (memory at the batch's positions {name: [S, C], moment: [C, C]}, y [B, S, C], real [B, S] bool or
-            None, seen [S]) -> the same after these samples. `seen` counts those observed before at each position.
+        moments: What is held without positions, by name the columns of each: [C, columns] fp32 from 0 on, C columns
+            where None and never more. Only calibration changes them.
+        calibrate: (memory at the batch's positions {name: [S, C], moment: [C, columns]}, y [B, S, C], real [B, S] bool
+            or None, seen [S]) -> the same after these samples. `seen` counts those observed before at each position.
         batch: (y, real) -> {name: [S, C]} without moments, what one batch shows on its own: the probe's state, and
             what full inference moves the history towards.
 
@@ -85,7 +86,12 @@ class Observation:
     tensors: tuple[str, ...]
     calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory]
     batch: Callable[[Tensor, Tensor | None], Memory]
-    moments: tuple[str, ...] = ()
+    moments: Mapping[str, int | None] = field(default_factory=dict)
+
+    def moment_shape(self, name: str, width: int) -> tuple[int, int]:
+        """The shape of a moment of a site of `width` channels."""
+        columns = self.moments[name]
+        return width, width if columns is None else min(columns, width)
 
 
 @dataclass(frozen=True)
@@ -160,9 +166,9 @@ class Compensation:
 
     Attributes:
         compensate: (exit weight [D, C] in the model's dtype, kept channels [C'] int64, memory) -> (weight [D, C'],
-            constant [D] or None), fp32 or the model's dtype. The memory holds the history's tensors averaged over the
-            positions that calibration saw, {name: [C]}, and its moments, {name: [C, C]}.
-        needs: What the memory must hold, so that a config that does not observe it is refused.
+            constant [D] or None), fp32 or the model's dtype.
+        needs: What the memory holds, by name: tensors of the history, averaged over the positions that calibration
+            saw, [C] fp32, and moments, [C, columns]. A config that does not observe them is refused.
     """
 
     compensate: Compensate
@@ -179,6 +185,8 @@ Piece = TypeVar("Piece")
 # The share of a channel's energy that least squares takes for noise: kept channels that rarely fire stay finite.
 DAMPING: Final = 0.01
 TINY: Final = 1e-12
+# Directions that observed="low-rank" holds of each site's channels.
+RANK: Final = 64
 # Of allocation="spare-heads": what heads lose, as a share of the ratio, and the largest share that channels lose.
 HEADS_SHARE: Final = 1 / 3
 MOST_CHANNELS: Final = 0.9
@@ -190,7 +198,7 @@ def register_observation(
     tensors: Sequence[str],
     calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory],
     batch: Callable[[Tensor, Tensor | None], Memory],
-    moments: Sequence[str] = (),
+    moments: Mapping[str, int | None] = MappingProxyType({}),
 ) -> None:
     """Make `PruneConfig(observed=name)` possible; the arguments are those of `Observation`.
 
@@ -200,7 +208,7 @@ def register_observation(
     names = (*tensors, *moments)
     if not tensors or len(set(names)) != len(names) or any(":" in held for held in names):
         raise ConfigError(f"observation {name!r}: expected different names of tensors and moments, found {names}")
-    observation = Observation(tuple(tensors), calibrate, batch, tuple(moments))
+    observation = Observation(tuple(tensors), calibrate, batch, dict(moments))
     _register(name, observation, OBSERVATIONS, KNOWN_OBSERVATIONS)
 
 
@@ -432,6 +440,42 @@ def _least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor
     return solved.t(), None
 
 
+def _calibrate_low_rank(memory: Memory, y: Tensor, real: Tensor | None, seen: Tensor) -> Memory:
+    """The best factor of the sum M [C, C] of y·yT so far, M ~ factor·factorT + diag(rest), as far as one can carry on.
+
+    A step of subspace iteration from the factor before and evenly spaced tokens of this batch.
+    """
+    tokens, factor = _only_real(y, real).flatten(0, 1), memory["factor"]
+    rank, count = factor.shape[1], tokens.shape[0]
+    some = tokens[torch.arange(rank, device=tokens.device) * count // rank]
+    basis = torch.linalg.qr(torch.cat([factor, some.t()], 1)).Q
+    basis = torch.linalg.qr(factor @ (factor.t() @ basis) + tokens.t() @ (tokens @ basis)).Q
+    old, new = factor.t() @ basis, tokens @ basis
+    # Values that are not finite are reported by what sees them; here they would have the solver fail first.
+    within = torch.nan_to_num(old.t() @ old + new.t() @ new, 0.0, 0.0, 0.0)
+    energies, directions = torch.linalg.eigh(within)
+    made = basis @ (directions[:, -rank:] * energies[-rank:].clamp(min=0).sqrt())
+    energy = memory["rest"].squeeze(1) + factor.square().sum(1) + tokens.square().sum(0)
+    rest = (energy - made.square().sum(1)).clamp(min=0)
+    return {**_calibrate_squares(memory, y, real, seen), "factor": made, "rest": rest.unsqueeze(1)}
+
+
+def _low_rank_least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+    """As `_least_squares`, of M = factor·factorT + diag(rest), by the Woodbury identity: O(rank·D·C) a batch."""
+    factor, rest = memory["factor"], memory["rest"].squeeze(1)
+    energy = rest + factor.square().sum(1)
+    noise = rest + DAMPING * energy + DAMPING**2 * energy.mean().clamp(min=TINY)
+    own = factor.index_select(0, kept)
+    scaled = own / noise.index_select(0, kept).unsqueeze(1)
+    lost = factor.index_fill(0, kept, 0.0)
+    unit = lost.abs().amax().clamp(min=TINY)  # so that fp16 holds it
+    lost_output = (weight @ (lost / unit).to(weight.dtype)).float().t() * unit
+    inner = own.t() @ scaled
+    inner = inner + torch.diag_embed(torch.ones_like(inner[0]))
+    correction = scaled @ torch.linalg.solve_ex(inner, lost_output)[0]
+    return weight.index_select(1, kept) + correction.t(), None
+
+
 register_observation("mean-square", tensors=("mean-square",), calibrate=_calibrate_squares, batch=_batch_squares)
 register_observation(
     "fluctuation", tensors=("variance", "mean"), calibrate=_calibrate_fluctuation, batch=_batch_fluctuation
@@ -454,8 +498,16 @@ register_compensation("mean", _mean_output, needs=("mean",))
 register_observation(
     "second-moment",
     tensors=("mean-square",),
-    moments=("moment",),
+    moments={"moment": None},
     calibrate=_calibrate_second_moment,
     batch=_batch_squares,
 )
 register_compensation("least-squares", _least_squares, needs=("moment",))
+register_observation(
+    "low-rank",
+    tensors=("mean-square",),
+    moments={"factor": RANK, "rest": 1},
+    calibrate=_calibrate_low_rank,
+    batch=_batch_squares,
+)
+register_compensation("low-rank", _low_rank_least_squares, needs=("factor", "rest"))

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from ppgraph.config import PruneConfig
 from ppgraph.errors import HistoryError, UnsupportedModelError
 from ppgraph.interrupts import interrupts_held_back
-from ppgraph.methods import OBSERVATIONS
+from ppgraph.methods import OBSERVATIONS, Observation
 from ppgraph.passes.base import Site
 from ppgraph.sharding import Share
 
@@ -49,8 +49,8 @@ class History:
         self._config = config
         self._widths: dict[str, int] = {}
         self._shares: dict[str, Share] = {}
-        observation = OBSERVATIONS[config.observed]
-        self._tensors, self._moment_names = observation.tensors, observation.moments
+        self._observation = OBSERVATIONS[config.observed]
+        self._tensors, self._moment_names = self._observation.tensors, tuple(self._observation.moments)
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
         self._values: dict[str, dict[str, torch.Tensor]] = {}
         self.allocation: dict[str, int] | None = None
@@ -97,7 +97,7 @@ class History:
         return dict(self._values[site])
 
     def moment(self, site: str, name: str) -> torch.Tensor:
-        """A moment of a site, [C, C] fp32."""
+        """A moment of a site, [C, columns] fp32."""
         return self._moments[site][name]
 
     def centre(self, site: str, tensor: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ class History:
             moments = self._moments.setdefault(site.name, {})
             for name in self._moment_names:
                 moments[name] = (
-                    moments[name].to(device) if name in moments else self._zeros(site.width, site.width, device)
+                    moments[name].to(device) if name in moments else self._no_moment(name, site.width, device)
                 )
         if self._seen.device != device:
             self._seen = self._seen.to(device)
@@ -179,7 +179,7 @@ class History:
             for name, width in self._widths.items():
                 self._values[name] = {tensor: self._zeros(0, width, self._seen.device) for tensor in self._tensors}
                 self._moments[name] = {
-                    moment: self._zeros(width, width, self._seen.device) for moment in self._moment_names
+                    moment: self._no_moment(moment, width, self._seen.device) for moment in self._moment_names
                 }
             self._seen = self._zeros_like_seen(0)
 
@@ -194,8 +194,10 @@ class History:
             group: The replicas; all ranks when None. Under tensor parallelism those that hold the same channels.
 
         Raises:
-            HistoryError: on every rank, where the histories are of different models, configs, channels or allocations.
+            HistoryError: on every rank, where the histories are of different models, configs, channels or allocations,
+                or hold factors, whose mean says nothing.
         """
+        self._refuse_factors()
         positions = max(self._alike(group))
         self._grow(max(positions, self.positions))
         ranks = torch.distributed.get_world_size(group)
@@ -209,6 +211,13 @@ class History:
             for moment in moments.values():
                 moment.copy_(sums(moment) / ranks)
         self._seen.copy_(sums(self._seen) / ranks)
+
+    def _refuse_factors(self) -> None:
+        if any(columns is not None for columns in self._observation.moments.values()):
+            raise HistoryError(
+                f"observed={self._config.observed!r} holds factors of what replicas saw, which cannot be averaged; "
+                "calibrate one replica, and save its history for the others to load"
+            )
 
     def _alike(self, group: ProcessGroup | None) -> list[int]:
         """The positions that each rank of a group holds, once they are seen to hold the same of the same model."""
@@ -314,7 +323,7 @@ class History:
         source = Path(folder)
         index = _read_index(source)
         self._require_same_sites(index)
-        values = _read_tensors(source / index["data"], index)
+        values = _read_tensors(source / index["data"], index, self._observation)
         with self.lock, interrupts_held_back():
             self._take(index, values)
 
@@ -356,6 +365,9 @@ class History:
     def _zeros(self, positions: int, width: int, device: torch.device) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.zeros(positions, width, device=device)
+
+    def _no_moment(self, name: str, width: int, device: torch.device) -> torch.Tensor:
+        return self._zeros(*self._observation.moment_shape(name, width), device)
 
     def _zeros_like_seen(self, positions: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -459,7 +471,7 @@ def _keys(sites: Iterable[str], tensors: Sequence[str]) -> Iterator[tuple[str, s
             yield (f"{site}:{tensor}" if place else site, site, tensor)
 
 
-def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, index: Mapping[str, Any], observation: Observation) -> dict[str, torch.Tensor]:
     try:
         if _digest(path) != index["sha256"]:
             raise HistoryError(f"{path} is damaged: it is not what was saved (sha256 differs); save the history again")
@@ -471,7 +483,11 @@ def _read_tensors(path: Path, index: Mapping[str, Any]) -> dict[str, torch.Tenso
     positions = index["positions"]
     sites = index["sites"]
     shapes = {key: (positions, sites[site]) for key, site, _ in _keys(sites, index["tensors"])} | {"seen": (positions,)}
-    shapes |= {f"{site}:{name}": (width, width) for site, width in sites.items() for name in index["moments"]}
+    shapes |= {
+        f"{site}:{name}": observation.moment_shape(name, width)
+        for site, width in sites.items()
+        for name in index["moments"]
+    }
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(set(shapes) | set(found)):
         if shapes.get(name) != found.get(name):

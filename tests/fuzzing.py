@@ -157,6 +157,7 @@ def configs(draw: st.DrawFn, layers: int) -> dict[str, Any]:
 PIECES: tuple[dict[str, Any], ...] = (
     {"observed": "second-moment"},
     {"observed": "second-moment", "compensation": "least-squares"},
+    {"observed": "low-rank", "compensation": "low-rank"},
     {"observed": "fluctuation", "compensation": "mean"},
     {"allocation": "global"},
     {"allocation": "spare-heads"},
@@ -294,17 +295,31 @@ def compensated(dense: nn.Module, pruned: Any, selection: Mapping[str, Tensor]) 
                     lambda module, args, out, constant=constant: out + constant.to(out.dtype)
                 )
             else:
-                moment = history.moment(site, "moment").double()
-                among = moment[kept][:, kept]
-                noise = DAMPING * among.diagonal() + DAMPING**2 * among.diagonal().mean().clamp(min=TINY)
-                made = torch.linalg.solve(among + noise.diag(), moment[kept] @ weight.t()).t()
                 change = torch.zeros_like(weight)
-                change[:, kept] = made - weight[:, kept]
+                change[:, kept] = (least_squares if kind == "least-squares" else low_rank)(history, site, weight, kept)
                 hook = linear.register_forward_hook(
                     lambda module, args, out, change=change: out + F.linear(args[0], change.to(out.dtype))
                 )
             hooks.callback(hook.remove)
         yield
+
+
+def least_squares(history: Any, site: str, weight: Tensor, kept: Tensor) -> Tensor:
+    """What `compensation="least-squares"` adds to the exit weight on kept channels, [D, C'] in float64."""
+    moment = history.moment(site, "moment").double()
+    among = moment[kept][:, kept]
+    noise = DAMPING * among.diagonal() + DAMPING**2 * among.diagonal().mean().clamp(min=TINY)
+    return torch.linalg.solve(among + noise.diag(), moment[kept] @ weight.t()).t() - weight[:, kept]
+
+
+def low_rank(history: Any, site: str, weight: Tensor, kept: Tensor) -> Tensor:
+    """The same of `compensation="low-rank"`, by the whole moment that its factor stands for."""
+    factor, rest = history.moment(site, "factor").double(), history.moment(site, "rest").double()[:, 0]
+    moment = factor @ factor.t()
+    energy = moment.diagonal() + rest
+    noise = rest + DAMPING * energy + DAMPING**2 * energy.mean().clamp(min=TINY)
+    lost = weight.index_fill(1, kept, 0.0) @ moment[:, kept]
+    return torch.linalg.solve(moment[kept][:, kept] + noise[kept].diag(), lost.t()).t()
 
 
 class HistoryReplay:

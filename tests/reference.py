@@ -377,20 +377,19 @@ def top(values: Tensor, k: int) -> Tensor:
     return torch.sort(values, descending=True, stable=True).indices[:k].sort().values
 
 
-def spread_places(real: Tensor, k: int) -> Tensor:
-    """k of the places where any sample has a token: with the highest (place + 1) * 2^32 / 1.618..., modulo 2^32."""
-    places = real.any(dim=0).nonzero().flatten().tolist()
-    return torch.tensor(sorted(sorted(places, key=lambda place: -((place + 1) * 2654435769 % 2**32))[:k]))
+def spread_rows(real: Tensor, fraction: Fraction) -> list[tuple[int, int]]:
+    """(sample, place) of that share of the batch's tokens, one at each end of as many equal stretches."""
+    rows = real.nonzero().tolist()
+    wanted = math.ceil(len(rows) * fraction)
+    return [tuple(rows[math.ceil(Fraction(len(rows) * (i + 1), wanted)) - 1]) for i in range(wanted)]
 
 
-def probed_places(
-    n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float, choice: str = "largest"
-) -> tuple[Tensor, Tensor]:
+def probed_places(n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float) -> tuple[Tensor, Tensor]:
     """Step 1: (samples, tokens) to probe, from the residual norms n [B, S]. Tokens are chosen first."""
     n = torch.where(real, n, 0.0)
     length = int(real.any(dim=0).sum())
     kept = min(max(share(length, probe_tokens), 2), length)
-    tokens = spread_places(real, kept) if choice == "spread" else top(n.square().sum(dim=0).sqrt(), kept)
+    tokens = top(n.square().sum(dim=0).sqrt(), kept)
     if kept <= 10:
         tokens[0] = 0  # the attention sink is always probed
     samples = top(n[:, tokens].square().sum(dim=1).sqrt(), share(n.shape[0], probe_batch))
@@ -669,14 +668,31 @@ class Reference:
         if self.statistics == "history":
             length = int(real.any(dim=0).sum())
             return self.history_at(block, torch.arange(length)).sum(dim=0)
+        if self.probe_choice == "spread" and block.kind == "mlp":
+            return self.averaged_statistic(block, x, positional, real)
         n = residual.float().square().sum(dim=-1).sqrt()
-        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens, self.probe_choice)
+        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens)
         probe = [t[samples][:, tokens] for t in (x, real, *positional)]
         y = self.full_exit_input(block, probe[0], probe[2:], probe[1], torch.arange(block.units))
         p = mean_square(y, probe[1])
         if self.statistics == "probe":
             return p.sum(dim=0)
         return fuse(p, self.history_at(block, tokens))
+
+    def averaged_statistic(self, block: Block, x: Tensor, positional: Sequence[Tensor], real: Tensor) -> Tensor:
+        """F [C] where single rows are probed: their average, fused with the average of the history."""
+        fraction = Fraction(str(self.probe_batch)) * Fraction(str(self.probe_tokens))
+        rows, units = spread_rows(real, fraction), torch.arange(block.units)
+        y = torch.cat(
+            [x.new_zeros(0, block.width)]
+            + [block.exit_input(x[b, [j]], [t[b, [j]] for t in positional], units) for b, j in rows]
+        )
+        p = y.float().square().sum(dim=0, keepdim=True) / max(len(y), 1)
+        if self.statistics == "probe":
+            return p.sum(dim=0)
+        places = real.any(dim=0).nonzero()[:, 0]
+        g = self.history_at(block, places).sum(dim=0, keepdim=True) / max(len(places), 1)
+        return fuse(p, g)
 
     # One pass
 

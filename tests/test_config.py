@@ -56,7 +56,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("ratio", True, "found True"),
     ("ratio", "0.4", r"found '0.4' \(str\)"),
     ("ratio", None, "found None"),
-    ("method", "magic", "one of flap, full-batch, pp, spare-heads, wanda-sp"),
+    ("method", "magic", "one of flap, full-batch, pp, spread, wanda-sp"),
     ("method", ["pp"], r"found \['pp'\] \(list\)"),
     ("method", None, "found None"),
     ("score", "magic", "one of flap, ppsp, wanda-sp"),
@@ -110,7 +110,7 @@ def test_blocks_have_one_order() -> None:
         ("full-batch", ("ppsp", "probe", 1.0, 1.0, 1.0)),
         ("wanda-sp", ("wanda-sp", "history", 0.05, 0.5, 1.0)),
         ("flap", ("flap", "history", 0.05, 0.5, 1.0)),
-        ("spare-heads", ("ppsp", "fused", 0.05, 0.5, 0.99)),
+        ("spread", ("ppsp", "fused", 0.05, 0.5, 0.99)),
     ],
 )
 def test_method_fills_what_is_left_out(method: str, expected: tuple[object, ...]) -> None:

@@ -112,6 +112,7 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
         {"probe_batch": 0.5, "probe_tokens": 0.3},
         {"probe_batch": 1.0, "probe_tokens": 1.0},
         {"probe_choice": "spread", "probe_batch": 1.0, "probe_tokens": 0.2},
+        {"probe_choice": "spread", "statistics": "probe", "probe_tokens": 0.9},
         {"probe_choice": "spread", "probe_tokens": 0.9},
         {"history_momentum": 1.0},
     ],

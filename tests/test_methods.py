@@ -167,13 +167,66 @@ def test_least_squares_comes_closest_to_the_dense_output(kv_heads: int) -> None:
     assert relative(logits, expected) < 1e-3
 
 
-def calibration_inputs(model: Any, name: str) -> Tensor:
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_low_rank_makes_up_for_what_is_dropped(kv_heads: int) -> None:
+    """With no more tokens than it holds directions, it is the regression of dropped channels on kept ones."""
+    model = llama(kv_heads, bias=True)
+    pruned = ppgraph.transform(
+        model, ratio=0.4, observed="low-rank", compensation="low-rank", lowering="eager", **SIZES
+    )
+    ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    inputs = batch(3, 12)
+    logits = pruned(**inputs, use_cache=False).logits
+    weights: dict[str, Tensor] = {}
+    for name, kept in pruned.ppgraph.selection().items():
+        y = calibration_inputs(model, name, CALIBRATION[:1]).double()
+        assert len(y) <= methods.RANK
+        lost = torch.ones(y.shape[1], dtype=torch.bool).index_fill(0, kept, False)
+        energy = y.square().sum(0)
+        damping = (0.01 * energy + 0.0001 * energy.mean())[kept]
+        rows = torch.cat([y[:, kept], damping.sqrt().diag()])
+        weight = find_exit(model, name).weight.detach().clone()
+        output = torch.cat([y[:, lost] @ weight[:, lost].double().T, torch.zeros(len(kept), 64).double()])
+        weight[:, kept] += torch.linalg.lstsq(rows, output).solution.T.float()
+        weight[:, lost] = 0
+        weights[name] = weight
+    with torch.no_grad():
+        for name, weight in weights.items():
+            find_exit(model, name).weight.copy_(weight)
+        expected = model(**inputs, use_cache=False).logits
+    assert relative(logits, expected) < 1e-3
+
+
+def test_a_low_rank_factor_follows_all_that_calibration_saw() -> None:
+    torch.manual_seed(0)
+    width, batches = 200, 6
+    mixing = torch.randn(width, width) * torch.arange(1.0, width + 1).pow(-0.8)
+    memory = {
+        "mean-square": torch.zeros(12, width),
+        "factor": torch.zeros(width, methods.RANK),
+        "rest": torch.zeros(width, 1),
+    }
+    tokens = []
+    for number in range(batches):
+        y = torch.randn(8, 12, width) @ mixing.T
+        y[:, 0, 7] += 1000  # the first token is an outlier everywhere
+        tokens.append(y.flatten(0, 1).double())
+        memory = dict(methods.OBSERVATIONS["low-rank"].calibrate(memory, y, None, torch.full((12,), 8.0 * number)))
+    moment = sum(y.T @ y for y in tokens)
+    factor, rest = memory["factor"].double(), memory["rest"].double()[:, 0]
+    torch.testing.assert_close(factor.square().sum(1) + rest, moment.diagonal(), rtol=1e-3, atol=0.0)
+    missed = torch.linalg.norm(moment - factor @ factor.T)
+    least = torch.linalg.eigvalsh(moment)[: -methods.RANK].norm()
+    assert missed < 1.2 * least
+
+
+def calibration_inputs(model: Any, name: str, batches: Sequence[Mapping[str, Tensor]] = CALIBRATION) -> Tensor:
     """The exit linear's inputs [tokens, C] at real tokens of the calibration."""
     found: list[Tensor] = []
     handle = find_exit(model, name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
     real = []
     with torch.no_grad():
-        for inputs in CALIBRATION:
+        for inputs in batches:
             model(**inputs, use_cache=False)
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             real.append(found.pop()[mask])

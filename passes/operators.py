@@ -219,13 +219,14 @@ def _pointwise(node: Node, axis: Axis) -> Operands:
     operands: Operands = []
     for operand in dict.fromkeys(node.all_input_nodes):
         shape = shape_of(operand)
-        if len(shape) < from_right or _is_one(shape[-from_right]):
+        if len(shape) < from_right or is_one(shape[-from_right]):
             continue
         operands.append((operand, axis.at(len(shape) - from_right)))
     return operands
 
 
-def _is_one(size: Any) -> bool:
+def is_one(size: Any) -> bool:
+    """Whether a size is known to be 1, without guarding on it."""
     return not isinstance(size, torch.SymInt) and size == 1
 
 
@@ -293,16 +294,16 @@ def _unsqueeze(node: Node, axis: Axis) -> Operands:
 
 def _squeeze(node: Node, axis: Axis) -> Operands:
     source = _first(node)
-    dims: Any = node.args[1] if len(node.args) > 1 else [d for d, size in enumerate(shape_of(source)) if _is_one(size)]
+    dims: Any = node.args[1] if len(node.args) > 1 else [d for d, size in enumerate(shape_of(source)) if is_one(size)]
     removed = {d % _rank(source) for d in ([dims] if isinstance(dims, int) else dims)}
-    left = [d for d in range(_rank(source)) if d not in removed or not _is_one(shape_of(source)[d])]
+    left = [d for d in range(_rank(source)) if d not in removed or not is_one(shape_of(source)[d])]
     return [(source, axis.at(left[axis.dim]))]
 
 
 def _expand(node: Node, axis: Axis) -> Operands:
     source = _first(node)
     dim = axis.dim - (_rank(node) - _rank(source))
-    if dim < 0 or _is_one(shape_of(source)[dim]):
+    if dim < 0 or is_one(shape_of(source)[dim]):
         return []
     return [(source, axis.at(dim))]
 
@@ -513,7 +514,7 @@ def _factors(node: Node) -> tuple[Node, Node]:
 
 def _broadcast(operand: Any, from_right: int, axis: Axis) -> Operands:
     shape = shape_of(operand)
-    if len(shape) < from_right or _is_one(shape[-from_right]):
+    if len(shape) < from_right or is_one(shape[-from_right]):
         return []
     return [(operand, axis.at(len(shape) - from_right))]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -43,6 +45,8 @@ def nodes_of_selection(program: Program) -> dict[Node, None]:
 
 def _is_pure(node: Node) -> bool:
     target = node.target
+    if target is operator.getitem:
+        return True
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags

@@ -29,6 +29,7 @@ from ppgraph.passes.operators import (
     is_attention_softmax,
     is_fused_attention,
     is_linear,
+    is_one,
     is_pointwise,
     is_product,
     is_reshape,
@@ -146,7 +147,7 @@ class _Planner:
 
     def _active(self, tags: dict[int, Tag]) -> Tags:
         """Drop dimensions that are known to be 1: there is nothing to choose from."""
-        one_sample, one_token = _is_one(self.samples), _is_one(self.tokens)
+        one_sample, one_token = is_one(self.samples), is_one(self.tokens)
         kept: dict[int, Tag] = {}
         for dim, tag in tags.items():
             if tag == ROW and (one_sample or one_token):
@@ -223,7 +224,7 @@ class _Planner:
         keys = key_axes(node)
         if keys:
             self.written = self._slots(keys)
-        if _is_one(self.tokens):
+        if is_one(self.tokens):
             pass  # nothing to choose from
         elif self.written is not None and (is_fused_attention(node) or is_attention_softmax(node)):
             self._require_mask(node)
@@ -384,15 +385,11 @@ def _reductions(node: Node, dim: int, tag: Tag) -> list[tuple[Node, int, Tag]]:
 
 
 def _is_reduced(node: Node, dim: int) -> bool:
-    if not shape_of(node) or not _is_one(shape_of(node)[dim]):
+    if not shape_of(node) or not is_one(shape_of(node)[dim]):
         return False
     if is_pointwise(node):
         return any(_is_reduced(operand, dim) for operand in node.all_input_nodes if len(shape_of(operand)) > dim)
     return reduced_axis(node, dim) is not None
-
-
-def _is_one(size: Any) -> bool:
-    return not isinstance(size, torch.SymInt) and size == 1
 
 
 class Prober:

@@ -34,7 +34,7 @@ VOCABULARY = 97
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Compensations read the history, which is float32 in every model; least squares solve a damped system in it, whose
 # condition is up to 1/DAMPING.
-LEAST_COMPENSATED = {"mean": TOLERANCES[torch.float32], "least-squares": 1e-3}
+LEAST_COMPENSATED = {"mean": TOLERANCES[torch.float32], "least-squares": 1e-3, "low-rank": 1e-3}
 # Closer scores than this may be ordered otherwise by another order of additions.
 TIE = 1e-4
 

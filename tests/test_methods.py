@@ -21,6 +21,7 @@ from ppgraph.backend import pruning_of
 from ppgraph.errors import ConfigError, GraphError, HistoryError, InputError, MethodError
 from ppgraph.passes import Site
 from ppgraph.sensitivity import expected_losses
+from tests.fuzzing import compensated
 from tests.reference import Reference, find_exit, masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, batch, llama, relative
 
@@ -195,6 +196,25 @@ def test_low_rank_makes_up_for_what_is_dropped(kv_heads: int) -> None:
             find_exit(model, name).weight.copy_(weight)
         expected = model(**inputs, use_cache=False).logits
     assert relative(logits, expected) < 1e-3
+
+
+def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(tmp_path: Path) -> None:
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    pruned.ppgraph.history.save(tmp_path)
+    inputs, following = batch(3, 12), torch.full((3, 1), 7)
+    first = pruned(**inputs, use_cache=True)
+    selection = pruned.ppgraph.selection()
+    step = pruned(input_ids=following, past_key_values=first.past_key_values).logits
+    whole = torch.cat([inputs["input_ids"], following], dim=1)
+    with compensated(model, pruned, selection):
+        expected = masked_dense_logits(model, selection, whole)
+    assert relative(first.logits, expected[:, :-1]) < 1e-3
+    assert relative(step[:, -1], expected[:, -1]) < 1e-3
+    again = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    again.ppgraph.history.load(tmp_path)
+    assert torch.equal(again(**inputs, use_cache=False).logits, first.logits)
 
 
 def test_a_low_rank_factor_follows_all_that_calibration_saw() -> None:

@@ -53,6 +53,11 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_factors_of_replicas_are_no_mean() -> None:
+    with pytest.raises(HistoryError, match=r"'low-rank' holds factors .* cannot be averaged; calibrate one replica"):
+        History(PruneConfig(method="spread")).average()
+
+
 # Growth
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import ppgraph
-from ppgraph.config import PROBE_CHOICES, kept_channels, kept_heads, layer_ratio
+from ppgraph.config import kept_channels, kept_heads, layer_ratio
 from ppgraph.inspect.timing import Timing, timings_to_dict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, repeats: int, batch: int |
     parser.add_argument("--width-multiple", type=int, default=64, help="kept MLP widths are multiples of it")
     parser.add_argument("--probe-batch", type=float, default=0.05, help="share of samples probed")
     parser.add_argument("--probe-tokens", type=float, default=0.5, help="share of tokens probed")
-    parser.add_argument("--probe-choice", choices=PROBE_CHOICES, default="largest", help="which tokens are probed")
+    parser.add_argument("--method", choices=("pp", "spread"), default="pp", help="how what is kept is chosen")
     parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -50,11 +50,11 @@ def prune_config(args: argparse.Namespace) -> ppgraph.PruneConfig:
     """The method under test."""
     return ppgraph.PruneConfig(
         ratio=args.ratio,
+        method=args.method,
         skip_layers=args.skip_layers,
         width_multiple=args.width_multiple,
         probe_batch=args.probe_batch,
         probe_tokens=args.probe_tokens,
-        probe_choice=args.probe_choice,
     )
 
 

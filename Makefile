@@ -19,7 +19,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 pytest: $(READY)
-	@$(BIN)/python -m pytest --quiet --numprocesses auto $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 format: $(READY)
 	@$(BIN)/ruff check --quiet --fix .

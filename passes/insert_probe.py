@@ -73,7 +73,7 @@ class InsertProbe:
             prober = Prober(block.probe, build, sampling, gathered)
             y = prober.run()
             sizes = [sampling.sample_count, sampling.token_count, site.width]
-            if len(shape_of(y)) == 2:
+            if len(shape_of(y)) == 2 or by_row:  # rows of a single sample come as its tokens
                 y = build(aten.reshape.default, y, sizes)
             program.shared["probe", site.name] = Probe(y, sampling, prober.linears())
             inserted += build.inserted

@@ -135,6 +135,12 @@ def test_tiny_batches_equal_the_reference(samples: int, length: int) -> None:
     compare(llama(4), [batch(samples, length), batch(samples, length)], ratio=0.4, **SIZES)
 
 
+@pytest.mark.parametrize(("samples", "length"), [(1, 9), (3, 1)])
+def test_rows_of_one_sample_or_one_token_equal_the_reference(samples: int, length: int) -> None:
+    config = {**SIZES, "probe_batch": 1.0, "probe_tokens": 0.7}
+    compare(llama(4), [batch(samples, length), batch(samples, length)], ratio=0.4, probe_choice="spread", **config)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_ratio_zero_is_the_dense_model_bit_for_bit(kv_heads: int) -> None:
     model = llama(kv_heads)

@@ -18,7 +18,7 @@ import ppgraph
 from ppgraph import config as config_module
 from ppgraph import methods
 from ppgraph.backend import pruning_of
-from ppgraph.errors import ConfigError, GraphError, HistoryError, InputError, MethodError
+from ppgraph.errors import ConfigError, GraphError, HistoryError, InputError, MethodError, NonFiniteError
 from ppgraph.passes import Site
 from ppgraph.sensitivity import expected_losses
 from tests.fuzzing import compensated
@@ -215,6 +215,19 @@ def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(tmp_pat
     again = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
     again.ppgraph.history.load(tmp_path)
     assert torch.equal(again(**inputs, use_cache=False).logits, first.logits)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_factor_as_it_was() -> None:
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    history = pruned.ppgraph.history
+    before = {site: history.moment(site, "factor").clone() for site in history}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[CALIBRATION[1]["input_ids"][0, -1]] = float("inf")
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        ppgraph.calibrate(pruned, CALIBRATION[1:2], progress=False)
+    assert all(torch.equal(history.moment(site, "factor"), factor) for site, factor in before.items())
 
 
 def test_a_low_rank_factor_follows_all_that_calibration_saw() -> None:

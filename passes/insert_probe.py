@@ -180,11 +180,16 @@ def rows_of(program: Program, build: Builder, stream: Node) -> Sampling:
     return rows
 
 
+def share_of_rows(config: PruneConfig) -> Fraction:
+    """Which share of a batch's rows is probed where rows are chosen by themselves."""
+    return Fraction(str(config.probe_batch)) * Fraction(str(config.probe_tokens))
+
+
 def _evenly_spaced(build: Builder, config: PruneConfig, stream: Node, padding: Padding | None) -> Sampling:
     """Of n rows, sample after sample, each at which the share of them fills another whole one."""
     samples, length = build.size(stream, 0), build.size(stream, 1)
     total = build(operator.mul, samples, length)
-    share = Fraction(str(config.probe_batch)) * Fraction(str(config.probe_tokens))
+    share = share_of_rows(config)
     count = build.share_of(total, share)
     real = None
     if padding is None:
@@ -205,10 +210,15 @@ def _every_so_many(build: Builder, real: Node, share: Fraction) -> Node:
     """Of the rows [N] that are real, a share, as `_evenly_spaced` takes them: [N] bool."""
     upto = build(aten.cumsum.default, real, 0)
     count = build(aten.sum.default, real)
-    scaled = build.add(build.mul(count, share.numerator), share.denominator - 1)
-    wanted, count = _divided(build, scaled, share.denominator), build(aten.clamp.default, count, 1)
+    wanted, count = _share_of(build, count, share), build(aten.clamp.default, count, 1)
     before, after = (_divided(build, build.mul(rank, wanted), count) for rank in (build.sub(upto, 1), upto))
     return build(aten.logical_and.default, real, build(aten.ne.Tensor, before, after))  # type: ignore[no-any-return]
+
+
+def _share_of(build: Builder, count: Node, share: Fraction) -> Node:
+    """`ceil(count * share)` of a number that only running tells, []; `Builder.share_of` is of sizes."""
+    scaled = build.add(build.mul(count, share.numerator), share.denominator - 1)
+    return _divided(build, scaled, share.denominator)
 
 
 def _divided(build: Builder, number: Node, by: Any) -> Node:
@@ -232,8 +242,7 @@ def _most_important_real_tokens(
     Returns tokens [S'], all different, and used [S'], False at fillers, which stand last.
     """
     exact = Fraction(str(share))
-    scaled = build.add(build.mul(padding.length, exact.numerator), exact.denominator - 1)
-    wanted = build(aten.clamp.default, _divided(build, scaled, exact.denominator), 2)
+    wanted = build(aten.clamp.default, _share_of(build, padding.length, exact), 2)
     wanted = build(aten.minimum.default, wanted, padding.length)
     best = build.highest(importance, count)
     rank = _arange(build, count, best)

@@ -160,7 +160,7 @@ def fuse(build: Builder, probe: Node, history: Node) -> Node:
     """a·p + (1-a)·g with a = p/(p+g+tiny), elementwise."""
     total = build.add(build.add(probe, history), TINY)
     weight = build(aten.div.Tensor, probe, total)
-    return build.add(history, build.mul(weight, build(aten.sub.Tensor, probe, history)))  # type: ignore[no-any-return]
+    return build.add(history, build.mul(weight, build.sub(probe, history)))  # type: ignore[no-any-return]
 
 
 def _unit_scores(program: Program, build: Builder, site: Site, statistics: Node) -> Node:

@@ -22,7 +22,7 @@ from torch.fx import Node
 from ppgraph._torch import hint
 from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, same_size, shape_of, value_of
 from ppgraph.passes.find_sites import Block
-from ppgraph.passes.insert_probe import Probe
+from ppgraph.passes.insert_probe import Probe, share_of_rows
 from ppgraph.passes.operators import is_linear, is_pointwise, is_product, is_reshape, is_slice, linear_activations
 from ppgraph.passes.select_weights import sort_topologically
 from ppgraph.passes.token_axes import Sampling
@@ -64,13 +64,12 @@ def _is_worthwhile(program: Program, sampling: Sampling, stream: Node) -> bool:
 
     Single rows are about their configured share of the batch's.
     """
-    tokens = Fraction(str(program.config.probe_tokens))
     if sampling.tokens is None:
-        return Fraction(str(program.config.probe_batch)) * tokens > WORTHWHILE_SHARE
+        return share_of_rows(program.config) > WORTHWHILE_SHARE
     probed, samples = (hint(value_of(size)) for size in (sampling.sample_count, shape_of(stream)[0]))
     if probed is None or samples is None:
         return True
-    return probed * tokens > samples * WORTHWHILE_SHARE
+    return probed * Fraction(str(program.config.probe_tokens)) > samples * WORTHWHILE_SHARE
 
 
 def _reuse(program: Program, build: Builder, site: Site, probe: Probe, outcome: PassResult) -> None:
@@ -165,7 +164,7 @@ def _row_order(program: Program, build: Builder, stream: Node, sampling: Samplin
     every = build(aten.arange.default, count, device=device)
     none = build(aten.zeros_like.default, every)
     probed = build(aten.index_fill.int_Scalar, none, 0, sampling.rows, 1)
-    before = build(aten.sub.Tensor, build(aten.cumsum.default, build(aten.rsub.Scalar, probed, 1), 0), 1)
+    before = build.sub(build(aten.cumsum.default, build(aten.rsub.Scalar, probed, 1), 0), 1)
     last = build.add(build(aten.arange.default, probed_count, device=device), other_count)
     slots = build(aten.index_copy.default, before, 0, sampling.rows, last)
     others = None
@@ -193,7 +192,7 @@ class RowPieces:
         count = build.size(others, 0)
         # Where there are no other rows none can be read: padding is what is read instead.
         padded = build(aten.constant_pad_nd.default, others, [0, 0, 0, build.size(probed, 0)])
-        place = build(aten.clamp.default, build(aten.sub.Tensor, self.slots, count), 0)
+        place = build(aten.clamp.default, build.sub(self.slots, count), 0)
         is_other = build(aten.unsqueeze.default, build(aten.lt.Scalar, self.slots, count), 1)
         return build.where(is_other, build.select(padded, 0, self.slots), build.select(probed, 0, place))
 

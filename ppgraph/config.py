@@ -79,7 +79,7 @@ class PruneConfig:
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
         method: `"pp"` (the paper's), `"spread"` (the same with MLPs probed all over the batch, more heads and fewer
-            channels kept, and exit weights that make up for what is lost: costs less than half the perplexity),
+            channels kept, and exit weights that make up for what is lost: costs less perplexity),
             `"full-batch"`, `"wanda-sp"` or `"flap"`.
         score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
         statistics: What the score reads: the probe and the history `"fused"`, or only one of them.

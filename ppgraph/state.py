@@ -49,8 +49,8 @@ class History:
         self._config = config
         self._widths: dict[str, int] = {}
         self._shares: dict[str, Share] = {}
-        self._observation = OBSERVATIONS[config.observed]
-        self._tensors, self._moment_names = self._observation.tensors, tuple(self._observation.moments)
+        observation = self._observation
+        self._tensors, self._moment_names = observation.tensors, tuple(observation.moments)
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
         self._values: dict[str, dict[str, torch.Tensor]] = {}
         self.allocation: dict[str, int] | None = None
@@ -72,6 +72,10 @@ class History:
 
     def __repr__(self) -> str:
         return f"History({len(self._widths)} sites, {self.positions} positions, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def _observation(self) -> Observation:
+        return OBSERVATIONS[self._config.observed]  # not held: what a user registers may not be picklable
 
     @property
     def positions(self) -> int:

@@ -340,7 +340,8 @@ def allocated(folder: Path, family: str) -> None:
     again = ppgraph.transform(spread(folder / family), lowering="eager", method="flap", **PRUNING)
     again.ppgraph.history.load(folder / f"flap-{family}")
     assert torch.equal(again(**BATCHES[2], use_cache=False).logits, output.logits)
-    for field in ({"allocation": "least-loss"}, {"observed": "second-moment"}, {"method": "spread"}):
+    least_squares = {"compensation": "least-squares", "observed": "second-moment"}
+    for field in ({"allocation": "least-loss"}, least_squares, {"method": "spread"}):
         other = ppgraph.transform(spread(folder / family), lowering="eager", **field, **PRUNING)
         assert "several ranks" in _error(lambda other=other: ppgraph.calibrate(other, CALIBRATION, progress=False))
 

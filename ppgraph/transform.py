@@ -128,14 +128,9 @@ class Pruning:
         The batch runs twice, uncompiled and without a cache, and leaves nothing behind.
         """
         check_inputs(self._model, inputs)
-        everything = self.config.replace(
-            method="pp",
-            score=self.config.score,
-            statistics="probe",
-            probe_batch=1.0,
-            probe_tokens=1.0,
-            history_momentum=1.0,
-        )
+        whole = {"statistics": "probe", "probe_batch": 1.0, "probe_tokens": 1.0, "history_momentum": 1.0}
+        # Not `replace`: there a method's own observation, allocation and compensation follow the new method.
+        everything = PruneConfig.from_dict(self.config.to_dict() | {"method": "pp"} | whole)
         choices = []
         for config in (self.config, everything):
             trial = Pruning(self._model, Runtime(config, "eager"))

@@ -472,8 +472,9 @@ def _low_rank_least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tup
     lost_output = (weight @ (lost / unit).to(weight.dtype)).float().t() * unit
     inner = own.t() @ scaled
     inner = inner + torch.diag_embed(torch.ones_like(inner[0]))
-    correction = scaled @ torch.linalg.solve_ex(inner, lost_output)[0]
-    return weight.index_select(1, kept) + correction.t(), None
+    solved = torch.linalg.solve_ex(inner, lost_output)[0]
+    # Written once and row by row: a product that is [C', D] would be added to the weight across its rows.
+    return torch.addmm(weight.index_select(1, kept).float(), solved.t(), scaled.t()), None
 
 
 register_observation("mean-square", tensors=("mean-square",), calibrate=_calibrate_squares, batch=_batch_squares)

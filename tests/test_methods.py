@@ -198,9 +198,10 @@ def test_low_rank_makes_up_for_what_is_dropped(kv_heads: int) -> None:
     assert relative(logits, expected) < 1e-3
 
 
-def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(lowering: str, tmp_path: Path) -> None:
     model = llama(2)
-    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering=lowering, **SIZES)
     ppgraph.calibrate(pruned, CALIBRATION, progress=False)
     pruned.ppgraph.history.save(tmp_path)
     inputs, following = batch(3, 12), torch.full((3, 1), 7)
@@ -212,7 +213,7 @@ def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(tmp_pat
         expected = masked_dense_logits(model, selection, whole)
     assert relative(first.logits, expected[:, :-1]) < 1e-3
     assert relative(step[:, -1], expected[:, -1]) < 1e-3
-    again = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    again = ppgraph.transform(model, ratio=0.4, method="spread", lowering=lowering, **SIZES)
     again.ppgraph.history.load(tmp_path)
     assert torch.equal(again(**inputs, use_cache=False).logits, first.logits)
 

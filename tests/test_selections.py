@@ -86,18 +86,19 @@ def test_a_config_that_probes_everything_agrees_with_the_full_batch() -> None:
 def test_the_full_batch_is_probed_with_all_pieces_of_the_method() -> None:
     pieces = {"observed": "fluctuation", "score": "flap", "allocation": "global", "compensation": "mean"}
     everything = {"statistics": "probe", "probe_batch": 1.0, "probe_tokens": 1.0}
-    chosen = []
-    for config in ({"method": "flap"}, pieces | everything):
-        model = llama(2, layers=2, bias=True)
-        torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.bias)  # channels far from 0: squares are no variances
-        pruned = ppgraph.transform(model, lowering="eager", ratio=0.4, **config, **SIZES)
+    model = llama(2, layers=2, bias=True)
+    torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.bias)  # channels far from 0: squares are no variances
+    flap, full = (
+        ppgraph.transform(model, lowering="eager", ratio=0.4, **config, **SIZES)
+        for config in ({"method": "flap"}, pieces | everything)
+    )
+    for pruned in (flap, full):
         ppgraph.calibrate(pruned, [inputs["input_ids"] for inputs in BATCHES], progress=False)
-        if not chosen:
-            report = pruned.ppgraph.report(full_batch=BATCHES[0])
         pruned(**BATCHES[0])
-        chosen.append(pruned.ppgraph.selection())
-    own, full = chosen
-    assert report.full_batch_overlap == pytest.approx({name: jaccard(kept, full[name]) for name, kept in own.items()})
+    overlap = flap.ppgraph.report(full_batch=BATCHES[0]).full_batch_overlap
+    chosen = full.ppgraph.selection()
+    expected = {name: jaccard(kept, chosen[name]) for name, kept in flap.ppgraph.selection().items()}
+    assert overlap == pytest.approx(expected)
 
 
 def test_plot_draws_heads_channels_and_overlaps(run: Any) -> None:

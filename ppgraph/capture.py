@@ -82,7 +82,10 @@ def normalise(module: GraphModule) -> None:
 
 
 def _drop_empty_from_cat(node: Node) -> bool:
-    """A fresh cache joins its first keys to an empty tensor; without it the keys are seen as what they are."""
+    """A fresh cache joins its first keys to an empty tensor, a rotary embedding of all of a head an empty rest of it.
+
+    Without it the other tensor is seen as what it is.
+    """
     if node.target is not aten.cat.default:
         return False
     tensors: Any = node.args[0]
@@ -96,9 +99,8 @@ def _drop_empty_from_cat(node: Node) -> bool:
 
 
 def _is_empty(node: Node) -> bool:
-    """Whether this is a vector of no elements, by its shape; a size that only running tells is not asked for."""
-    shape = shape_of(node)
-    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
+    """Whether this has no elements, by its shape; a size that only running tells is not asked for."""
+    return any(isinstance(size, int) and size == 0 for size in shape_of(node))
 
 
 def _lay_out_slice(node: Node) -> bool:

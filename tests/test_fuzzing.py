@@ -39,6 +39,15 @@ def test_mpt_goes_on_from_a_cache_with_padding_and_its_bias_by_position() -> Non
     assert check(Case("mpt", (turns,), config, sizes, attention="eager", cache="dynamic", seed=70)) == 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_phi3_of_one_head_turns_all_of_it_and_joins_an_empty_rest() -> None:
+    """The rest is a slice of the fused projection without any channels: nothing of it can be said to be narrowed."""
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 8}
+    sizes = {**heads, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = {"ratio": 0.5, "skip_layers": 0, "rescale_ratio": False, "width_multiple": 8}
+    assert check(Case("phi3", (Batch(samples=2, length=4),), config, sizes, mask="none")) == 1
+
+
 def test_a_case_prints_as_the_program_that_runs_it() -> None:
     assert repr(CASE) == (
         "Case(family='llama', batches=(Batch(samples=3, length=9, padding='left'), "

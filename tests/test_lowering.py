@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 import ppgraph
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.lowering import structure, written_inputs
+from ppgraph.lowering import columns, structure, written_inputs
 from ppgraph.passes.base import Program
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
@@ -50,6 +50,19 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
         expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_columns_of_a_weight_on_a_cpu_are_gathered(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
+    pruned = ppgraph.transform(model(4).to(dtype), **{**OPTIONS, "lowering": "inductor"})
+    pruned(**prompts(3, 11, padded=False), use_cache=False)
+    called = [node for part in compiled for node in part.graph.nodes if node.op == "call_function"]
+    assert sum(node.target is torch.ops.ppgraph.columns.default for node in called) == len(pruned.ppgraph.sites)
+    matrix = torch.randn(5, 7).to(dtype)
+    for given in (matrix, matrix.t().contiguous().t()):
+        index = torch.tensor([1, 4, 6])
+        torch.testing.assert_close(columns(given, index), given[:, index], rtol=0, atol=0)
+        torch.library.opcheck(columns, (given, index))
 
 
 def test_inputs_that_a_graph_writes_to_are_told_through_views_too() -> None:

@@ -173,6 +173,12 @@ class Program:
             return self.pruned_sites
         return [site for site in self.sites if site.candidate]
 
+    @property
+    def stream(self) -> Node:
+        """The residual stream [B, S, D] that enters the first block, once blocks have been found."""
+        stream: Node = next(block.stream for block in self.analysis.values() if block is not None)
+        return stream
+
     def placeholders(self) -> list[Node]:
         """The graph's inputs, which stand before everything else."""
         return list(itertools.takewhile(lambda node: node.op == "placeholder", self.graph.nodes))

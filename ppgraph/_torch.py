@@ -393,8 +393,14 @@ def source_parameter(source: str) -> str:
     return ".".join(re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source))
 
 
-def source_argument(source: str) -> str:
-    """Name of the model argument that a Dynamo source, or an entry in a dict, stands for; or an empty string."""
+def source_argument(source: str, positional: Sequence[str] = ()) -> str:
+    """Name of the model argument that a Dynamo source, or an entry in a dict, stands for; or an empty string.
+
+    `positional` are the names of what a decorator takes as `*args`.
+    """
+    place = re.fullmatch(r"L\['args'\]\[(\d+)\]", source)
+    if place:
+        return next(iter(positional[int(place.group(1)) :]), "")
     match = re.fullmatch(r"L(?:\['kwargs'\])?\['(\w+)'\](?:\['\w+'\])?", source)
     return match.group(1) if match else ""
 

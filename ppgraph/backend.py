@@ -5,7 +5,8 @@ The backend object holds no state (transformers copies it): what a model remembe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,23 +49,53 @@ def ppgraph_backend(
                 'backend="ppgraph" needs the whole forward of a causal language model in one graph; this graph reads '
                 "no parameters of one. Compile the model itself: torch.compile(model, backend='ppgraph')"
             )
-        _refuse_gradients(module)
+        positional = _positional(module, model)
+        _require_known_names(module, model)
+        _refuse_gradients(module, positional)
         if _torch.graphs_left() <= 0:
             raise CaptureError(
                 "Dynamo has compiled this forward as often as torch._dynamo.config.accumulated_recompile_limit allows; "
                 "later models and shapes would run dense. Raise that limit, or use ppgraph.transform, which has none"
             )
-        return pruning_of(model, config, lowering, _torch.wrapper_of(model)).runtime.compile(module)
+        return pruning_of(model, config, lowering, _torch.wrapper_of(model)).runtime.compile(
+            module, positional=positional
+        )
 
 
-def _refuse_gradients(module: GraphModule) -> None:
+def _positional(module: GraphModule, model: nn.Module) -> list[str]:
+    """Names of what the traced function calls `args`, if any: decorators of a forward take it so, the model with it."""
+    sources = (_torch.placeholder_source(node) for node in module.graph.nodes if node.op == "placeholder")
+    takes_self = any(source.startswith("L['args'][0]._") for source in sources)
+    names = list(inspect.signature(type(model).forward).parameters)
+    return names if takes_self else names[1:]
+
+
+def _require_known_names(module: GraphModule, model: nn.Module) -> None:
+    """Raise CaptureError for a tensor of the traced function that the model's forward does not know by that name.
+
+    It might be the mask, and padding would count.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    for node in module.graph.nodes:
+        source = _torch.placeholder_source(node) if node.op == "placeholder" else ""
+        name = _torch.source_argument(source)
+        own = source == f"L['{name}']" and name not in known
+        if own and isinstance(node.meta["example_value"], torch.Tensor):
+            raise CaptureError(
+                f"expected tensors under the names that {type(model).__name__}.forward gives them, to tell token ids "
+                f"and masks; found {name!r}. Compile the model itself, torch.compile(model, backend='ppgraph'), or "
+                "name the function's arguments like the model's"
+            )
+
+
+def _refuse_gradients(module: GraphModule, positional: Sequence[str]) -> None:
     """Inputs that require a gradient would not get one. Parameters do too, but in inference nobody asks for theirs."""
     for node in module.graph.nodes:
         value = node.meta.get("example_value") if node.op == "placeholder" else None
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
             source = _torch.placeholder_source(node)
             if not _torch.source_parameter(source):
-                name = _torch.source_argument(source) or node.name
+                name = _torch.source_argument(source, positional) or node.name
                 raise InputError(f"{name} requires a gradient, but a pruned forward has none: detach it")
 
 

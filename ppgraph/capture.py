@@ -25,10 +25,11 @@ ATTENTION_MASK = "attention_mask"
 TOKENS = ("input_ids", "inputs_embeds")
 
 
-def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any]]:
+def capture(module: GraphModule, config: PruneConfig, positional: Sequence[str] = ()) -> tuple[Program, list[Any]]:
     """Normalise a graph that Dynamo handed to its backend.
 
-    Returns the program and the fake values of its inputs. Must run inside `_torch.graph_world`.
+    `positional` are the names of arguments that the model's forward was given by position. Returns the program and the
+    fake values of its inputs. Must run inside `_torch.graph_world`.
     """
     sharded = localise(module)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -43,7 +44,7 @@ def capture(module: GraphModule, config: PruneConfig) -> tuple[Program, list[Any
         name = _torch.source_parameter(source)
         if name:
             parameters[node] = name
-        argument = _torch.source_argument(source)
+        argument = _torch.source_argument(source, positional)
         if argument == ATTENTION_MASK and node.meta["val"].dim() in (2, 4):
             masks.append(node)
         elif argument in TOKENS and node.meta["val"].dim() >= 2:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from ppgraph import _torch
 from ppgraph.capture import capture
@@ -148,15 +148,16 @@ class Runtime:
             made.keep_selection(dict(self.selection.channels))
         return made
 
-    def compile(self, module: GraphModule, phase: Phase | None = None) -> Compiled:
+    def compile(self, module: GraphModule, phase: Phase | None = None, positional: Sequence[str] = ()) -> Compiled:
         """Rewrite and lower a graph from Dynamo; the result takes the same inputs and gives the same outputs.
 
         Without a `phase` the graph tells: one token that attends to more than itself is a step of decoding.
+        `positional` are the names of arguments that were given by position.
         """
         start = time.perf_counter()
         values = _torch.placeholder_values(module)
         with _torch.graph_world(_torch.fake_mode_of(values)):
-            program, _ = capture(module, self.config)
+            program, _ = capture(module, self.config, positional)
             program.allocation = self.history.kept_here()
             code = _torch.traced_code() if phase is None else None
             phase = phase or self.step_phase(is_decoding_step(program))
@@ -169,7 +170,7 @@ class Runtime:
             rewritten = _copy(program.module)
             lowered = self._lower(program, phase)
         seconds = time.perf_counter() - start
-        batch = shape_of(_stream(program))[:2]
+        batch = shape_of(program.stream)[:2]
         record = GraphRecord(phase, captured, rewritten, _input_shapes(captured), batch, seconds, tuple(program.sites))
         self.graphs.append(record)
         log.info("%s graph %d: rewritten and lowered in %.1f s", phase, len(self.graphs), seconds)
@@ -380,7 +381,7 @@ class GraphRunner:
         self._packing_places = [placeholders.index(node) for node in program.packing.inputs] if program.packing else []
         blocks = {name: program.analysis[name] for name in self._sites}
         self._weights = {name: (placeholders.index(block.weight), block.weight_dim) for name, block in blocks.items()}
-        stream = _stream(program)
+        stream = program.stream
         self._batch = [_size_from_inputs(program, shape_of(stream)[dim]) for dim in (0, 1)]
         self._device = _device(program)
 
@@ -588,14 +589,8 @@ def _input_shapes(module: GraphModule) -> dict[str, tuple[str, ...]]:
 
 
 def _device(program: Program) -> torch.device:
-    device: torch.device = _stream(program).meta["val"].device
+    device: torch.device = program.stream.meta["val"].device
     return device
-
-
-def _stream(program: Program) -> Node:
-    """The residual stream [B, S, D] that enters the first block."""
-    stream: Node = next(block.stream for block in program.analysis.values() if block is not None)
-    return stream
 
 
 def _size_from_inputs(program: Program, size: Any) -> Callable[[Sequence[Any]], int]:

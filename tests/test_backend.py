@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import subprocess
 import sys
 import weakref
@@ -16,8 +17,9 @@ from transformers import LlamaForCausalLM
 import ppgraph
 from ppgraph import _torch
 from ppgraph.backend import split_options
-from ppgraph.errors import CaptureError, ConfigError, DecodeError
+from ppgraph.errors import CaptureError, ConfigError, DecodeError, InputError
 from tests.reference import masked_dense_logits
+from tests.test_families import FAMILIES
 from tests.test_generate import MaskedTwin, cache_in, cached, model, prompts
 
 OPTIONS = {"ratio": 0.4, "skip_layers": 0, "width_multiple": 8}
@@ -215,6 +217,57 @@ def test_the_last_graph_that_dynamo_would_compile_raises_instead_of_leaving_late
         compiled = torch.compile(model(4), backend="ppgraph", options=OPTIONS)
         with pytest.raises(CaptureError, match="accumulated_recompile_limit"):
             compiled(ids(), use_cache=False)
+
+
+def test_a_graph_of_no_model_is_refused() -> None:
+    with pytest.raises(CaptureError, match="reads no parameters of one"):
+        torch.compile(lambda x: x * 2, backend="ppgraph")(torch.ones(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_mask_given_by_position_is_one(family: str) -> None:
+    """Decorators of forward take the model in their `*args`, or beside them."""
+    dense = FAMILIES[family].model("eager")
+    inputs = prompts(3, 11, padded=True)
+    order = list(inspect.signature(type(dense).forward).parameters)[1:]
+    given = [inputs.get(name) for name in order[: order.index("attention_mask") + 1]]
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS)
+    found = compiled(*given, use_cache=False).logits
+    pruned = ppgraph.transform(dense, **OPTIONS, lowering="eager")
+    torch.testing.assert_close(found, pruned(**inputs, use_cache=False).logits, rtol=0, atol=0)
+    states = compiled.ppgraph, pruned.ppgraph
+    for site in states[0].history:
+        torch.testing.assert_close(*(state.history[site] for state in states), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_function_around_a_model_names_its_tensors_as_the_model_does() -> None:
+    dense, inputs = model(4), prompts(3, 11, padded=True)
+
+    def named(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return dense(input_ids, attention_mask, use_cache=False).logits
+
+    def renamed(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return dense(input_ids, mask, use_cache=False).logits
+
+    found = torch.compile(named, backend="ppgraph", options=OPTIONS)(*inputs.values())
+    expected = masked_dense_logits(dense, dense.ppgraph.selection(), **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CaptureError, match=r"under the names that LlamaForCausalLM\.forward gives.*found 'mask'"):
+        torch.compile(renamed, backend="ppgraph", options=OPTIONS)(*inputs.values())
+
+
+def test_embeddings_that_require_a_gradient_are_refused_where_there_would_be_one() -> None:
+    dense = model(4)
+    compiled = torch.compile(dense, backend="ppgraph", options=OPTIONS)
+    embedded = dense.get_input_embeddings()(ids()).detach().requires_grad_()
+    with pytest.raises(InputError, match="inputs_embeds requires a gradient, but a pruned forward has none"):
+        compiled(inputs_embeds=embedded, use_cache=False)
+    with torch.no_grad():
+        found = compiled(inputs_embeds=embedded, use_cache=False).logits
+        expected = masked_dense_logits(dense, compiled.ppgraph.selection(), ids())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

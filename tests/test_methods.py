@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +19,17 @@ import ppgraph
 from ppgraph import config as config_module
 from ppgraph import methods
 from ppgraph.backend import pruning_of
-from ppgraph.errors import ConfigError, GraphError, HistoryError, InputError, MethodError, NonFiniteError
+from ppgraph.errors import (
+    ConfigError,
+    GraphError,
+    HistoryError,
+    InputError,
+    MethodError,
+    NonFiniteError,
+    PPGraphError,
+)
 from ppgraph.passes import Site
-from ppgraph.sensitivity import expected_losses
+from ppgraph.sensitivity import LOSS_TOKENS, expected_losses, samples_for_losses
 from tests.fuzzing import compensated
 from tests.reference import Reference, find_exit, masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, batch, llama, relative
@@ -537,3 +546,30 @@ def test_least_loss_decides_what_a_calibrated_model_keeps() -> None:
     kept = sum(site.kept_units * macs[name] for name, site in sites.items())
     assert 0.55 <= kept / whole <= 0.7  # r' is 0.4
     assert relative(logits, masked_dense_logits(model, pruned.ppgraph.selection(), **FOUR[0])) < 1e-5
+
+
+def test_losses_are_estimated_on_the_first_samples_one_by_one() -> None:
+    ids = torch.arange(2 * 3 * (LOSS_TOKENS // 4)).view(2, 3, -1)
+    masked, words = {"input_ids": ids[0], "attention_mask": ids[0] >= 0}, {"inputs_embeds": torch.zeros(1, 2, 4)}
+    samples = samples_for_losses([words, masked, {"input_ids": ids[1]}])
+    assert [sample["input_ids"].tolist() for sample in samples] == [[row] for row in ids.flatten(0, 1)[:4].tolist()]
+    assert [set(sample) for sample in samples] == [{*masked}, {*masked}, {*masked}, {"input_ids"}]
+
+
+@pytest.mark.parametrize("missing", ["samples", "exit", "embedding"])
+def test_losses_that_cannot_be_estimated_are_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(2)
+    model.spare = torch.nn.Linear(4, 4)
+    exit_linear = "spare.weight" if missing == "exit" else "model.layers.0.mlp.down_proj.weight"
+    site = Site("mlp", "mlp", 0, width=4, units=4, exit=(exit_linear,))
+    samples = [] if missing == "samples" else [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]
+    if missing == "embedding":
+        monkeypatch.setattr(type(model), "get_input_embeddings", Mock(side_effect=NotImplementedError))
+    reasons = {
+        "samples": "needs calibration batches with input_ids, found none",
+        "exit": "mlp: its exit linear does not run as a module",
+        "embedding": "LlamaForCausalLM doesn't name; give it a get_input_embeddings",
+    }
+    with pytest.raises(PPGraphError, match=reasons[missing]):
+        expected_losses(model, model.forward, {"mlp": (site, torch.arange(4), 1)}, samples, progress=False)
+    assert not any(module._forward_hooks for module in model.modules()), "a hook was left behind"

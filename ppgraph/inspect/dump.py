@@ -28,7 +28,6 @@ from torch.fx import Node
 
 from ppgraph import _torch
 from ppgraph.errors import InputError
-from ppgraph.inspect.flops import batch_sizes
 from ppgraph.passes.base import Observer, PassResult, Program, target_name
 from ppgraph.passes.operators import is_fused_attention, is_product, is_view
 
@@ -204,11 +203,11 @@ def readable(program: Program) -> str:
 
 
 def batch_symbols(program: Program) -> dict[str, str]:
-    """`B` and `S` for the symbols of samples and tokens, where a graph has such."""
+    """`B` and `S` for the symbols of samples and tokens, where a graph has such, of inputs with known names."""
     if "batch_symbols" not in program.shared:
-        formulas = [_torch.expression(size) for size in batch_sizes(program.graph)]
+        formulas = [_torch.expression(size) for size in program.batch or ()]
         program.shared["batch_symbols"] = {
-            str(formula): name for formula, name in zip(formulas, "BS", strict=True) if formula.is_Symbol
+            str(formula): name for formula, name in zip(formulas, "BS", strict=False) if formula.is_Symbol
         }
     symbols: dict[str, str] = program.shared["batch_symbols"]
     return symbols

@@ -19,7 +19,6 @@ from ppgraph.inspect.flops import (
     Sizes,
     WeightBytes,
     Work,
-    batch_sizes,
     count_flops,
     count_gathered_bytes,
     count_weight_bytes,
@@ -29,6 +28,7 @@ from ppgraph.inspect.rates import Rates, break_even_samples, predicted_speedup
 from ppgraph.inspect.report import flops_totals, site_columns, status_columns, title, uncounted_note
 from ppgraph.inspect.tables import Column, Table, binary_prefix, count, decimal_prefix, number, size, why_dense
 from ppgraph.passes import PRUNE, PassResult, Program, Site, run_passes
+from ppgraph.passes.base import shape_of
 from ppgraph.passes.find_sites import Ancestry, Block
 from ppgraph.runtime import Phase, Runtime
 from ppgraph.transform import Pruning, check_inputs, require_causal_lm, tokens_of
@@ -195,7 +195,9 @@ class _ExplainingRuntime(Runtime):
 
     explanation: Explanation
 
-    def compile(self, module: GraphModule, phase: Phase | None = None) -> Callable[..., Sequence[Any]]:
+    def compile(
+        self, module: GraphModule, phase: Phase | None = None, positional: Sequence[str] = ()
+    ) -> Callable[..., Sequence[Any]]:
         self.explanation = _explanation(module, self)
         raise _Explained
 
@@ -211,7 +213,7 @@ def _explanation(module: GraphModule, runtime: Runtime) -> Explanation:
     """Measure a graph from Dynamo, rewrite it, and measure it again."""
     program = runtime.analyse(module)
     sizes = Sizes.of_first_call(program.graph)
-    samples, tokens = batch_sizes(program.graph)
+    samples, tokens, *_ = shape_of(program.stream)
     uncounted = uncounted_products(program.graph.nodes)
     dense = _measure(program, sizes)
     with _torch.graph_world(_torch.fake_mode_of(_torch.placeholder_values(module))):

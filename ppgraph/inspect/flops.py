@@ -79,11 +79,11 @@ class Sizes:
         return cls(_first_values(graph))
 
     @classmethod
-    def of_batch(cls, graph: Graph, batch: tuple[int, int]) -> Sizes | None:
-        """The sizes of a batch of [samples, tokens]; None when `graph` does not take it."""
+    def of_batch(cls, graph: Graph, taken: tuple[Any, Any], batch: tuple[int, int]) -> Sizes | None:
+        """The sizes of a batch of [samples, tokens], which `graph` calls the two `taken`; None if it takes others."""
         known = _first_values(graph)
         given: dict[Any, int] = {}
-        for size, value in zip(batch_sizes(graph), batch, strict=True):
+        for size, value in zip(taken, batch, strict=True):
             formula = expression(size)
             # Dynamo gives sizes of 1 graphs of their own: what is symbolic is at least 2.
             if formula.is_Symbol and value > 1 and given.setdefault(formula, value) == value:
@@ -108,25 +108,6 @@ class Sizes:
         """Bytes of a node's tensor, were it contiguous."""
         itemsize: int = node.meta["val"].dtype.itemsize
         return prod(self.shape(node)) * itemsize
-
-
-def batch_sizes(graph: Graph) -> tuple[Any, Any]:
-    """Samples and tokens of the batch a graph takes, as numbers or symbols.
-
-    Those of the embeddings that are its input, or of the token ids that it looks up first.
-
-    Raises:
-        ValueError: the graph takes neither.
-    """
-    for node in _inputs(graph):
-        shape = shape_of(node)
-        if len(shape) == 3 and any(isinstance(size, torch.SymInt) for size in shape):
-            return shape[0], shape[1]
-    for node in graph.nodes:
-        if node.target is aten.embedding.default and len(shape_of(node)) == 3:
-            samples, tokens, _ = shape_of(node)
-            return samples, tokens
-    raise ValueError("expected a graph that takes embeddings [B, S, D] or looks token ids [B, S] up, found neither")
 
 
 def count_flops(nodes: Iterable[Node], sizes: Sizes) -> Counter[str]:

@@ -15,7 +15,6 @@ from ppgraph.inspect.flops import (
     Sizes,
     WeightBytes,
     Work,
-    batch_sizes,
     count_flops,
     count_gathered_bytes,
     count_weight_bytes,
@@ -65,7 +64,7 @@ class BatchCost:
         prefills = [record for record in reversed(runtime.graphs) if record.phase == "prefill"]
         for record in prefills if runtime.last_shape else ():
             assert runtime.last_shape is not None
-            sizes = Sizes.of_batch(record.captured.graph, runtime.last_shape)
+            sizes = Sizes.of_batch(record.captured.graph, record.batch, runtime.last_shape)
             if sizes is not None:
                 return cls._of_graph(record, sizes)
         return cls._of_graph(prefills[0], Sizes.of_first_call(prefills[0].captured.graph)) if prefills else None
@@ -73,7 +72,7 @@ class BatchCost:
     @classmethod
     def _of_graph(cls, record: GraphRecord, sizes: Sizes) -> BatchCost:
         captured, rewritten = record.captured.graph, record.rewritten.graph
-        samples, tokens = batch_sizes(captured)
+        samples, tokens = record.batch
         after = count_flops(rewritten.nodes, sizes)
         return cls(
             batch=(sizes(samples), sizes(tokens)),

@@ -471,12 +471,12 @@ class Narrower:
         self.products.append((output, linear, rows))
         start = 0
         for view, layout, _ in pieces:
-            units = self.site.kept_units if view in entry.narrowed else 1
-            end = start + units * layout.channels.shape[1]
+            kept = self.site.kept_units if view in entry.narrowed else None
+            end = start + (kept or 1) * layout.channels.shape[1]
             part = output
             if len(pieces) > 1:
                 part = self.build(aten.slice.Tensor, output, len(shape_of(linear)) - 1, start, end)
-            rebuilt = part if view is linear else self._arranged(part, view, layout, units)
+            rebuilt = part if view is linear else self._arranged(part, view, layout, kept)
             start = end
             if view in entry.narrowed:
                 self.narrowed[view] = rebuilt
@@ -508,12 +508,12 @@ class Narrower:
         fake = self.channels.meta["val"].new_empty(table.shape)
         return self.program.add_state_input(StateInput("rows", self.site.name, table), fake)
 
-    def _arranged(self, part: Node, view: Node, layout: Layout, units: int) -> Node:
-        """Lay the channels of `part` out as `view` has them."""
+    def _arranged(self, part: Node, view: Node, layout: Layout, kept: int | None) -> Node:
+        """Lay the channels of `part` out as `view` has them, all or those of the `kept` units."""
         sizes = [self.build.size(view, dim) for dim in layout.row_dims]
         channel_sizes = [shape_of(view)[dim] for dim in layout.channel_dims]
-        if view in self.plan.axes:
-            channel_sizes[0] = units * self.plan.axes[view].block
+        if kept is not None:
+            channel_sizes[0] = kept * self.plan.axes[view].block
         arranged = self.build(aten.reshape.default, part, sizes + channel_sizes)
         order = [*layout.row_dims, *layout.channel_dims]
         back = [order.index(dim) for dim in range(len(order))]

@@ -48,6 +48,23 @@ def test_phi3_of_one_head_turns_all_of_it_and_joins_an_empty_rest() -> None:
     assert check(Case("phi3", (Batch(samples=2, length=4),), config, sizes, mask="none")) == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_gpt_neox_of_two_heads_keeps_all_keys_of_a_chunk_into_a_static_cache() -> None:
+    """Its queries, keys and values are views of one product; keys are narrowed elsewhere, but here they stay whole."""
+    sizes = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = {"method": "full-batch", "ratio": 0.6, "skip_layers": 0, "width_multiple": 1}
+    turns = Batch(samples=2, length=2, turns=(3,))
+    assert check(Case("gpt_neox (sequential)", (turns,), config, sizes, mask="none", cache="static")) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_call_of_which_dynamo_captures_not_even_the_dense_model_is_discarded() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    turns = Batch(samples=2, length=2, turns=(1,))
+    with pytest.raises(Discarded, match="PendingUnbackedSymbolNotFound"):
+        check(Case("mpt", (turns,), {"ratio": 0.5, "skip_layers": 0}, sizes, attention="eager", cache="static"))
+
+
 def test_a_case_prints_as_the_program_that_runs_it() -> None:
     assert repr(CASE) == (
         "Case(family='llama', batches=(Batch(samples=3, length=9, padding='left'), "

@@ -60,6 +60,7 @@ __all__ = [
     "fresh_function",
     "graph_world",
     "graphs_left",
+    "hides_interrupt",
     "hint",
     "inductor_options",
     "is_wrapped",
@@ -440,6 +441,11 @@ def hint(size: int | torch.SymInt) -> int | None:
     if not isinstance(size, torch.SymInt):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+def hides_interrupt(error: Exception) -> bool:
+    """Whether an error stands for a Ctrl-C: torch's C++ gives what it meets in Python that it calls, as a text."""
+    return "KeyboardInterrupt: " in str(error)
 
 
 def fresh_function(template: types.FunctionType) -> types.FunctionType:

@@ -92,6 +92,8 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
         with contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile():
             return [_torch.lower_with_inductor(module, options) for module in modules]
     except RuntimeError as error:
+        if _torch.hides_interrupt(error):
+            raise KeyboardInterrupt from error
         found = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise LoweringError(
             f"expected Inductor to compile the pruned graph; found: {found}. Does torch.compile(model) run the dense "

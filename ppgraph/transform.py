@@ -220,6 +220,8 @@ class Pruning:
         except (_torch.TorchDynamoException, RuntimeError) as error:
             if call.ran or not (type(error) is RuntimeError or isinstance(error, _torch.TorchDynamoException)):
                 raise  # of the graph itself, such as a lack of memory
+            if _torch.hides_interrupt(error):
+                raise KeyboardInterrupt from error
             raise CaptureError(
                 f"expected inputs that the dense {type(self._model).__name__} takes, torch.compile switched on and no "
                 f"dispatch mode around it, to capture its forward as one graph; found: {_reason(error)}. Nothing has "

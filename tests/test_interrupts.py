@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from unittest import mock
 
 import pytest
+from torch.fx.experimental.sym_node import SymNode
 
 from ppgraph.interrupts import interrupts_held_back
-from tests.reliability.interrupts import at_lines, interrupts_taken
+from tests.reliability.interrupts import Calls, at_lines, interrupts_taken
 
 
 @pytest.mark.parametrize("action", ["forward", "calibrate"])
@@ -17,6 +19,15 @@ def test_an_interrupt_leaves_the_old_or_the_new_history(action: str) -> None:
     found = at_lines(action, range(3, 10_000, 37))
     assert found["old"]
     assert found["new"]
+
+
+def test_an_interrupt_that_torch_meets_in_a_capture_is_one() -> None:
+    """Its C++ asks sizes in Python, and gives the KeyboardInterrupt of that as an error of its own."""
+    calls = Calls()
+    with mock.patch.object(SymNode, "is_int", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt) as found:
+        calls.forward()
+    assert isinstance(found.value.__cause__, RuntimeError)
+    calls.require_usable()
 
 
 def test_an_interrupt_is_held_back_and_then_taken() -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.sym_node import SymNode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -479,6 +481,17 @@ def test_attention_flops_on_cpu() -> None:
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         assert counter.get_total_flops() == expected, "torch counts it now: drop the formula"
+
+
+def test_hides_interrupt() -> None:
+    def capture(x: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(SymNode, "is_int", side_effect=KeyboardInterrupt), pytest.raises(RuntimeError) as found:
+            torch.ops.aten.as_strided.default(x, [x.shape[0]], [x.shape[1]])
+        assert _torch.hides_interrupt(found.value)
+        return x
+
+    make_fx(capture, tracing_mode="symbolic")(torch.ones(5, 6))
+    assert not _torch.hides_interrupt(RuntimeError("KeyboardInterrupted"))
 
 
 def test_trace_below_autograd() -> None:

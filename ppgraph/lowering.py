@@ -3,6 +3,7 @@
 Layers of a model are the same graph on other weights. Compiled as one graph they cost compile time each; cut apart
 behind the streams that enter them (`Program.cuts`), Inductor compiles one of a kind and the others call it. What a cut
 costs at run time is one call in Python, and that the stream's last addition is not fused with the norm that reads it.
+On CPUs weights lose their columns by an operator of ppgraph's own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The columns `index` [C'] int64 of `matrix` [D, C] on a CPU, by torch's kernel of `gather`: [D, C'].
 
-    Inductor's own loop over single elements takes three times as long in float32 and six times in bfloat16 (AVX2).
+    Inductor's own loop over single elements takes more than twice as long in float32 and four times in bfloat16 (AVX2;
+    `benchmarks/NOTES.md`).
     """
     # Of two bytes whole numbers are gathered faster than bfloat16.
     items = matrix.view(torch.int16) if matrix.itemsize == 2 else matrix

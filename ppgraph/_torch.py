@@ -48,6 +48,7 @@ __all__ = [
     "ATTENTION_FLOPS_ON_CPU",
     "BackendCompilerFailed",
     "FakeTensorMode",
+    "TensorifyScalarRestartAnalysis",
     "TorchDynamoException",
     "arguments_of",
     "bounds",

@@ -93,6 +93,8 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
     try:
         with contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile():
             return [_torch.lower_with_inductor(module, options) for module in modules]
+    except _torch.TensorifyScalarRestartAnalysis:
+        raise  # Inductor asks Dynamo for another trace, with a float as a constant that it has met as a symbol
     except RuntimeError as error:
         if _torch.hides_interrupt(error):
             raise KeyboardInterrupt from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import ppgraph
 from ppgraph import _torch
+from tests.fuzzing import Batch, Case, check
 from tests.test_exactness import FOUR, SIZES, batch, compare, llama
 
 
@@ -28,3 +31,21 @@ def test_ratio_zero_is_the_compiled_dense_model_bit_for_bit() -> None:
     with torch.no_grad(), _torch.dynamo_settings():
         expected = torch.compile(model, dynamic=True)(**batch(3, 16), use_cache=False).logits
     assert torch.equal(pruned(**batch(3, 16), use_cache=False).logits, expected)
+
+
+def test_a_float_that_inductor_wants_as_a_constant_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by fuzzing: gemma2 in float64 scales its embeddings by a tensor, whose number was a symbol of the graph."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 1,
+    }
+    config = {"ratio": 0.4, "skip_layers": 0, "decode": "dense", "blocks": ("mlp",)}
+    case = Case(
+        "gemma2", (Batch(samples=3, length=8),), config, sizes, attention="eager", dtype="float64", mask="packed"
+    )
+    # A graph that is in its cache is not looked at for such floats.
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    check(dataclasses.replace(case, lowering="inductor"))

@@ -55,6 +55,12 @@ def environment(folder: Path, torch: str, transformers: str) -> tuple[Path, str]
     return python, ""
 
 
+def installed(python: Path, package: str) -> str:
+    """The version that pip chose."""
+    program = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def run_tests(python: Path, minutes: float) -> dict[str, Any]:
     """What pytest found: counts, and the names of the tests that failed."""
     settings = {**os.environ, "PYTHONPATH": str(record.ROOT), "OMP_NUM_THREADS": "1"}
@@ -92,8 +98,11 @@ def main() -> None:
     start, rows = time.monotonic(), []
     for torch, transformers in itertools.product(options.torch, options.transformers):
         python, problem = environment(options.folder, torch, transformers)
-        found = {"found": f"no environment: {problem}"} if problem else run_tests(python, options.minutes)
-        rows.append({"torch": torch, "transformers": transformers, **found})
+        if problem:
+            rows.append({"torch": torch, "transformers": transformers, "found": f"no environment: {problem}"})
+        else:
+            versions = {package: installed(python, package) for package in ("torch", "transformers")}
+            rows.append({**versions, **run_tests(python, options.minutes)})
         print(rows[-1], flush=True)
     seconds = round(time.monotonic() - start)
     record.write("versions", {"program": "tests/reliability/versions.py", "rows": rows, "seconds": seconds})

@@ -438,6 +438,19 @@ def test_own_symbols_make_dynamo_trace_again() -> None:
     assert _torch.expression(own[0]) != _torch.expression(own[1])
 
 
+def test_a_backend_that_raises_what_inductor_raises_for_floats_is_called_again() -> None:
+    calls = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        calls.append(graph)
+        if len(calls) == 1:
+            raise _torch.TensorifyScalarRestartAnalysis
+        return graph
+
+    assert torch.equal(torch.compile(lambda x: x * 2, backend=backend)(torch.ones(5)), torch.full((5,), 2.0))
+    assert len(calls) == 2
+
+
 def test_captured_nodes_know_their_module_and_source_line() -> None:
     def look(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)

@@ -497,10 +497,12 @@ def test_attention_flops_on_cpu() -> None:
 
 
 def test_hides_interrupt() -> None:
+    either = (RuntimeError, KeyboardInterrupt)  # torch 2.11 hands it on
+
     def capture(x: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(SymNode, "is_int", side_effect=KeyboardInterrupt), pytest.raises(RuntimeError) as found:
+        with mock.patch.object(SymNode, "is_int", side_effect=KeyboardInterrupt), pytest.raises(either) as found:
             torch.ops.aten.as_strided.default(x, [x.shape[0]], [x.shape[1]])
-        assert _torch.hides_interrupt(found.value)
+        assert isinstance(found.value, KeyboardInterrupt) or _torch.hides_interrupt(found.value)
         return x
 
     make_fx(capture, tracing_mode="symbolic")(torch.ones(5, 6))

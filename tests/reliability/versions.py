@@ -4,6 +4,7 @@
 
 Environments are made with pip, by whatever index it is set up for, below `--folder`; those that are there are used
 again. Canaries that fail name the private parts of torch that changed. An environment that pip can't make is listed so.
+Started again, it goes on where it stopped: pairs that the result has for this commit are not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ TESTS = (
     "tests/test_threads.py",
 )
 NEWEST = "newest"
+PACKAGES = ("torch", "transformers")
 
 
 def requirement(package: str, version: str) -> str:
@@ -43,16 +44,38 @@ def environment(folder: Path, torch: str, transformers: str) -> tuple[Path, str]
     home = folder / f"torch-{torch}-transformers-{transformers}"
     python = home / "bin" / "python"
     if (home / ".ready").exists():
-        return python, ""
+        return python, installed_here(python)
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     wanted = [requirement("torch", torch), requirement("transformers", transformers)]
-    others = ["safetensors", "tabulate", "tqdm", "hypothesis", "pytest", "accelerate", "gguf"]
+    others = ["setuptools", "safetensors", "tabulate", "tqdm", "hypothesis", "pytest", "accelerate", "gguf"]
     install = [str(python), "-m", "pip", "install", "--quiet", "--retries=1", *wanted, *others]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
-        return python, (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        return python, last_line(done.stderr)
     (home / ".ready").touch()
-    return python, ""
+    return python, installed_here(python)
+
+
+def installed_here(python: Path) -> str:
+    """Install this work tree as it is, for its entry points; why that failed, or nothing."""
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--retries=1",
+        "--no-deps",
+        "--editable",
+        str(record.ROOT),
+    ]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    return last_line(done.stderr) if done.returncode else ""
+
+
+def last_line(text: str) -> str:
+    """What a program said at its end."""
+    return (text.strip().splitlines() or ["nothing was said"])[-1].strip("= ")
 
 
 def installed(python: Path, package: str) -> str:
@@ -71,9 +94,8 @@ def run_tests(python: Path, minutes: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"found": f"no end after {minutes:g} minutes"}
-    last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return {"found": re.sub(r" in [\d.]+s.*", "", last.strip("= ")), "failed": failed}
+    return {"found": re.sub(r" in [\d.]+s.*", "", last_line(done.stdout)), "failed": failed}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -95,17 +117,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="the most for one environment's tests")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    start, rows = time.monotonic(), []
-    for torch, transformers in itertools.product(options.torch, options.transformers):
-        python, problem = environment(options.folder, torch, transformers)
+    commit = record.versions()["commit"]
+    rows = [row for row in record.read("versions").get("rows", []) if row["commit"] == commit]
+    for asked in itertools.product(options.torch, options.transformers):
+        if any(row["asked"] == [*asked] for row in rows):
+            continue
+        python, problem = environment(options.folder, *asked)
         if problem:
-            rows.append({"torch": torch, "transformers": transformers, "found": f"no environment: {problem}"})
+            found = {**dict(zip(PACKAGES, asked, strict=True)), "found": f"no environment: {problem}"}
         else:
-            versions = {package: installed(python, package) for package in ("torch", "transformers")}
-            rows.append({**versions, **run_tests(python, options.minutes)})
+            found = {package: installed(python, package) for package in PACKAGES} | run_tests(python, options.minutes)
+        rows.append({"asked": [*asked], "commit": commit, **found})
+        record.write("versions", {"program": "tests/reliability/versions.py", "rows": rows})
         print(rows[-1], flush=True)
-    seconds = round(time.monotonic() - start)
-    record.write("versions", {"program": "tests/reliability/versions.py", "rows": rows, "seconds": seconds})
     print(table(rows))
 
 

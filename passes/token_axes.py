@@ -546,6 +546,8 @@ def others(build: Builder, node: Node, dim: int, tag: Tag, length: Any) -> Any:
 
 def gather(build: Builder, node: Node, tags: Tags, sampling: Sampling, length: Any) -> Node:
     """The chosen samples and tokens of a tensor, along its tagged dimensions. `length`: tokens in the batch."""
+    if len(shape_of(sampling.columns)) == 1:  # what all samples share they still do
+        tags = tuple((dim, tag) for dim, tag in tags if tag.counts != "each")
     folded = next((dim for dim, tag in tags if tag.block > 1), None)
     if folded is not None:
         return _gather_folded(build, node, tags, sampling, length, folded)

@@ -56,6 +56,18 @@ class Gated(Mlp):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Fused(Mlp):
+    """Gate and up are one linear, on [samples times tokens, hidden]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x.reshape(-1, x.shape[-1])).chunk(2, -1)
+        return self.down(F.silu(gate) * up).view(x.shape)
+
+
 class ByPosition(Mlp):
     """Something before the exit is the same for all samples, but not for all tokens."""
 
@@ -73,10 +85,11 @@ X = hidden(4, 6)
         (Mlp(), [3, 21, 21]),  # the exit runs on all rows, the probe's apart
         (Gated(), [3, 21, 21, 21]),
         (Flattened(), [3, 21, 21]),
+        (Fused(), [3, 21, 21]),
         (Attention(), [21, 21, 21, 24]),
         (Attention(2), [21, 21, 21, 24]),  # keys and values of groups stay whole, but for the probe's rows
     ],
-    ids=["mlp", "gated", "flattened", "mha", "gqa"],
+    ids=["mlp", "gated", "flattened", "fused", "mha", "gqa"],
 )
 def test_products_leave_out_the_rows_that_were_probed(block: nn.Module, rows: list[int]) -> None:
     expected, _ = output(block, X, PROBED, reused=False)

@@ -21,6 +21,7 @@ from tests.passes.graphs import (
     Captured,
     Expose,
     Flattened,
+    MaskedResidual,
     Mlp,
     Residual,
     captured,
@@ -74,36 +75,69 @@ def test_a_stream_that_a_linear_made_is_gathered_and_not_made_again() -> None:
 
 
 class Positional(Attention):
-    """A table by position, which all samples share, is added to the queries."""
+    """A table by position, which all samples share, is added to the queries. `exit_input` runs on any tokens."""
+
+    def exit_input(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        x = x + self.q(x) * (places.to(x.dtype)[:, None] * torch.ones(HIDDEN))
+        query, key, value = (
+            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        table = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.ones(HIDDEN)
-        return super().forward(x + self.q(x) * table)
+        return self.o(self.exit_input(x, torch.arange(x.shape[1])))
+
+
+class Folded(Positional):
+    """As BLOOM's: heads folded with samples, a bias by key, and a table of later keys that all samples share."""
+
+    def exit_input(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        samples, tokens, _ = x.shape
+        query, key, value = (
+            projection(x).view(samples, tokens, 4, 2).transpose(1, 2).reshape(samples * 4, tokens, 2)
+            for projection in (self.q, self.k, self.v)
+        )
+        later = (places[None, :] > places[:, None])[None]
+        scores = (query @ key.transpose(1, 2) + places.to(x.dtype)[None, None, :]).masked_fill(later, -1e9)
+        mixed = (scores.softmax(-1) @ value).view(samples, 4, tokens, 2)
+        return mixed.transpose(1, 2).reshape(samples, tokens, HIDDEN)
 
 
 def test_tables_by_position_are_gathered_at_the_probed_tokens() -> None:
-    graph, plan = plan_of(Positional())
+    _, plan = plan_of(Positional())
     assert {1: "token", 0: "sample"} in gathered(plan).values()
     assert any(set(tags.values()) == {"token", "each"} for tags in gathered(plan).values()), (
         "the table knows no samples"
     )
-    require_right(graph, graph.module.layers[0]["block"])  # type: ignore[union-attr,index]
 
 
-def require_right(graph: Captured, block: nn.Module) -> None:
-    """The probe equals the block's exit input on the whole batch, for blocks that don't mix tokens."""
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("block", [Positional(), Folded()], ids=["apart", "folded"])
+def test_the_probe_is_the_block_on_the_probed_tokens_at_their_places(block: Positional, is_padded: bool) -> None:
+    x, mask = hidden(4, 6), torch.ones(4, 6, dtype=torch.long)
+    mask[1, :2] = mask[3, :1] = 0
+    inputs = (x, mask) if is_padded else (x,)
+    graph = captured((MaskedResidual if is_padded else Residual)(block), *inputs, config=HALF)
     expose = Expose(
-        lambda program: {
-            "y": program.shared["probe", SITE].y,
-            "samples": program.shared["probe", SITE].sampling.samples,
-            "tokens": program.shared["probe", SITE].sampling.tokens,
-        }
+        lambda program: (
+            {
+                name: node
+                for name in ("samples", "columns", "real")
+                if (node := getattr(program.shared["probe", SITE].sampling, name)) is not None
+            }
+            | {"y": program.shared["probe", SITE].y}
+        )
     )
-    graph.apply(InsertProbe(), expose)
-    x = hidden(4, 6)
-    found = graph.results(x)
-    assert found["y"].shape[:2] == (2, 3)
-    assert bool(torch.isfinite(found["y"]).all())
+    graph.apply(*ANALYSE, InsertProbe(), expose)
+    found = graph.results(*inputs)
+    assert found["y"].shape == (2, 3, HIDDEN)
+    columns, stream = found["columns"].expand(2, 3), x * mask[:, :, None] if is_padded else x
+    for y, sample, places, real in zip(
+        found["y"], found["samples"], columns, found.get("real", torch.ones(2, 3) > 0), strict=True
+    ):
+        expected = block.exit_input(stream[sample, places[real]][None], places[real])[0]
+        torch.testing.assert_close(y[real], expected)
 
 
 def test_flattened_tokens_are_gathered_as_rows_or_before() -> None:

@@ -62,6 +62,34 @@ def test_attention_runs_on_its_kept_heads(kv_heads: int) -> None:
     assert sorted(widths) == sorted([4, 8] + ([4, 4] if kv_heads == 4 else [whole, whole]))
 
 
+class Biased(Attention):
+    """Scores get a bias [tokens, tokens], or one of each head behind `leading` dimensions of size 1."""
+
+    def __init__(self, kv_heads: int, leading: int | None) -> None:
+        super().__init__(kv_heads)
+        self.leading = leading
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
+        )
+        bias = torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[1], -1)
+        if self.leading is not None:
+            by_head = bias * torch.arange(1, 5)[:, None, None]
+            bias = by_head[(None,) * self.leading]
+        mixed = F.scaled_dot_product_attention(query, key, value, bias, enable_gqa=key.shape[1] != 4)
+        return self.o(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+@pytest.mark.parametrize("leading", [None, 0, 1], ids=["shared", "by head", "by sample and head"])
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_attention_keeps_the_biases_of_its_kept_heads(kv_heads: int, leading: int | None) -> None:
+    graph = narrowed(block := Biased(kv_heads, leading))
+    x = hidden(4, 6)
+    expected = without_others(block, block.o, x, [2, 3, 4, 5])
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
+
+
 class Fused(Mlp):
     """Gate and up in one projection, side by side."""
 

@@ -196,10 +196,24 @@ def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
     values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
+    patches = dict(options)
+    if not _symbols_are_inputs(values):
+        patches["fx_graph_cache"] = False
     with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
-        compiled = compile_fx(module, values, config_patches=dict(options))
+        compiled = compile_fx(module, values, config_patches=patches)
     assert callable(compiled)
     return compiled
+
+
+def _symbols_are_inputs(values: Sequence[Any]) -> bool:
+    """Whether sizes that are inputs are made of sizes that are inputs too, so that Inductor may keep the graph on disk.
+
+    With such a graph it keeps a guard on these sizes, where others have the names that they had in Dynamo. Another
+    process that looks for the graph fails on those.
+    """
+    sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
+    known = {size for size in sizes if size.is_Symbol}
+    return all(size.free_symbols <= known for size in sizes)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -305,6 +305,32 @@ def test_lower_with_inductor_takes_an_aten_graph_and_options_and_may_postpone_it
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
     assert compiled
+
+
+def test_a_graph_whose_size_is_made_of_one_that_is_no_input_compiles_again() -> None:
+    """Inductor's cache on disk would have it fail the second time, in the same process as in another."""
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        samples, more = (value for value in fakes if isinstance(value, torch.SymInt))
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            for _ in range(2):
+                part = Graph()
+                count, total, x = map(part.placeholder, ("count", "total", "x"))
+                count.meta["val"], total.meta["val"] = samples, samples + more
+                x.meta["val"] = next(value for value in fakes if isinstance(value, torch.Tensor))
+                added = part.call_function(torch.ops.aten.add.Tensor, (x, count))
+                added.meta["val"] = x.meta["val"] + 1
+                part.output((added,))
+                lowered.append(_torch.lower_with_inductor(GraphModule(nn.Module(), part), {}))
+        return graph
+
+    lowered: list[Any] = []
+    torch._dynamo.reset()
+    torch.compile(lambda x, more: x * more, backend=backend, dynamic=True)(torch.ones(3), 5)
+    for compiled in lowered:
+        assert torch.equal(compiled(3, 8, torch.ones(3))[0], torch.full((3,), 4.0))
+    assert len(lowered) == 2
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

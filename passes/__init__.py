@@ -5,6 +5,7 @@ Read in the order of `PRUNE`. Each pass is one file; `operators.py` holds all th
 
 from ppgraph.passes.base import Builder, Pass, PassResult, Program, Refusal, Site
 from ppgraph.passes.compensate_exit import CompensateExit
+from ppgraph.passes.dense_tokens import DenseTokens
 from ppgraph.passes.find_sites import FindSites
 from ppgraph.passes.insert_probe import InsertProbe
 from ppgraph.passes.insert_score import InsertScore
@@ -23,6 +24,7 @@ PRUNE: tuple[Pass, ...] = (
     InsertScore(),
     SelectWeights(),
     CompensateExit(),
+    DenseTokens(),
     ReuseProbe(),
     UpdateHistory(),
 )

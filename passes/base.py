@@ -130,7 +130,8 @@ class Program:
     `batch`: the sizes B and S of the ids (or embeddings) that the model is given; None where the graph has neither.
     `sharded`: of inputs that are this rank's share of a DTensor, that (fake) DTensor.
     `allocation`: units kept by site name, once an allocation has decided. `checked`: what the result `finite` has a
-    flag for, in order: sites, and what other ranks hold.
+    flag for, in order: sites, and what other ranks hold. `results`: what the graph also gives, by the name of a site
+    (its kept channels), `("dense", site)` and `("others", site)` where tokens differ, or `"finite"`.
     """
 
     module: GraphModule
@@ -141,7 +142,7 @@ class Program:
     sites: list[Site] = field(default_factory=list)
     analysis: dict[str, Any] = field(default_factory=dict)
     state_inputs: list[StateInput] = field(default_factory=list)
-    results: dict[str, Node] = field(default_factory=dict)
+    results: dict[Any, Node] = field(default_factory=dict)
     applied: list[str] = field(default_factory=list)
     allocation: Mapping[str, int] | None = None
     checked: list[str] = field(default_factory=list)

@@ -355,6 +355,7 @@ class Narrower:
     ) -> None:
         self.program, self.site, self.plan, self.build = program, site, plan, build
         self.units, self.channels = units, channels
+        self.kept_units = shape_of(units)[0]
         self.narrowed: dict[Node, Node] = {}
         # Each product that stands for an entry linear, with that and the indices of the outputs that it has.
         self.products: list[tuple[Node, Node, Node]] = []
@@ -392,7 +393,7 @@ class Narrower:
         if action == "share_keys":
             return self._attention_on_own_keys(node)
         operands = {operand: self._narrow(operand) for operand, _ in operand_axes(node, axis)}
-        kept = self.site.kept_units * axis.block
+        kept = self.kept_units * axis.block
         return rebuild(self.build, node, operands, {axis.dim: self.build(operator.mul, self._outer(node, axis), kept)})
 
     def _reads_a_step_from_whole_keys(self, node: Node, axis: Axis) -> bool:
@@ -471,7 +472,7 @@ class Narrower:
         self.products.append((output, linear, rows))
         start = 0
         for view, layout, _ in pieces:
-            kept = self.site.kept_units if view in entry.narrowed else None
+            kept = self.kept_units if view in entry.narrowed else None
             end = start + (kept or 1) * layout.channels.shape[1]
             part = output
             if len(pieces) > 1:

@@ -57,12 +57,11 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
     found = build.inline(name, compensation.compensate, whole, channels, memory)
     weight, constant = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, found)
     width = shape_of(whole)[0]
-    fits = shape_of(weight) == (width, site.kept) and (constant is None or shape_of(constant) == (width,))
+    kept = shape_of(channels)[0]
+    fits = shape_of(weight) == (width, kept) and (constant is None or shape_of(constant) == (width,))
     if not fits:
         shown = [list(shape_of(part)) if isinstance(part, Node) else part for part in (weight, constant)]
-        raise MethodError(
-            f"{name} must give a weight {[width, site.kept]} and a constant {[width]} or None, found {shown}"
-        )
+        raise MethodError(f"{name} must give a weight {[width, kept]} and a constant {[width]} or None, found {shown}")
     return weight, constant
 
 

@@ -182,6 +182,8 @@ def rows_of(program: Program, build: Builder, stream: Node) -> Sampling:
 
 def share_of_rows(config: PruneConfig) -> Fraction:
     """Which share of a batch's rows is probed where rows are chosen by themselves."""
+    if config.dense_tokens:
+        return Fraction(str(config.dense_tokens)) / 3
     return Fraction(str(config.probe_batch)) * Fraction(str(config.probe_tokens))
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ppgraph.config import kept_by_others
 from ppgraph.errors import MethodError
 from ppgraph.methods import OBSERVATIONS, SCORES
-from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, same_size, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, padding_of
 from ppgraph.passes.rebuild import unit_indices
+from ppgraph.passes.rows import require_by_rows
 
 aten = torch.ops.aten
 
@@ -36,7 +38,7 @@ class InsertScore:
     requires: tuple[str, ...] = ("find_sites", "insert_probe")
 
     def __call__(self, program: Program) -> PassResult:
-        inserted = 0
+        outcome, config = PassResult(), program.config
         for site in program.pruned_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
@@ -45,13 +47,33 @@ class InsertScore:
                 program.results[site.name] = program.shared["kept", site.name][1]
                 continue
             statistics = _statistics(program, build, site)
-            units = build.highest_in_order(_unit_scores(program, build, site, statistics), site.kept_units)
+            scores = _unit_scores(program, build, site, statistics)
+            units = build.highest_in_order(scores, site.kept_units)
             channels = unit_indices(build, units, site.block)
+            program.results[site.name] = channels
+            if _lets_tokens_differ(program, site, outcome):
+                width = kept_by_others(site.kept, site.width, config.dense_tokens, config.width_multiple)
+                units = channels = build.highest_in_order(scores, width)
+                program.results["others", site.name] = channels
             program.shared["kept", site.name] = (units, channels)
             program.shared["statistics", site.name] = statistics
-            program.results[site.name] = channels
-            inserted += build.inserted
-        return PassResult(inserted)
+            outcome.inserted += build.inserted
+        return outcome
+
+
+def _lets_tokens_differ(program: Program, site: Site, outcome: PassResult) -> bool:
+    """Whether some of the tokens can keep all channels of a site: each is probed, and runs, without the others."""
+    probe: Probe | None = program.shared.get(("probe", site.name))
+    block: Block = program.analysis[site.name]
+    is_alone = shape_of(block.stream)[:2] == (1, 1)
+    if not program.config.dense_tokens or probe is None or probe.sampling.tokens is not None or is_alone:
+        return False
+    try:
+        require_by_rows(block)
+    except Refusal as refusal:
+        outcome.refused.append(f"{site.name} keeps the same channels for all tokens: {refusal}")
+        return False
+    return True
 
 
 def _nothing(build: Builder, block: Block) -> tuple[Node, Node]:

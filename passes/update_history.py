@@ -16,7 +16,7 @@ from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
 from ppgraph.passes.insert_score import history_of, observed_in_batch
-from ppgraph.passes.reuse_probe import RowPieces
+from ppgraph.passes.rows import RowPieces
 
 aten = torch.ops.aten
 

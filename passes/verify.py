@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ppgraph.errors import GraphError
-from ppgraph.passes.base import Program, shape_of
+from ppgraph.passes.base import Program, Site, shape_of
 
 aten = torch.ops.aten
 
@@ -46,17 +46,23 @@ def _every_site_is_probed(program: Program) -> None:
 def _every_site_has_indices(program: Program) -> None:
     for site in program.pruned_sites:
         _, channels = program.shared["kept", site.name]
-        if shape_of(channels) != (site.kept,):
-            raise GraphError(
-                f"after insert_score: {site.name} keeps {list(shape_of(channels))} channels, not {site.kept}"
-            )
+        width = _width(program, site)
+        if shape_of(channels) != (width,):
+            raise GraphError(f"after insert_score: {site.name} keeps {list(shape_of(channels))} channels, not {width}")
+
+
+def _width(program: Program, site: Site) -> int:
+    """The channels on which a site's tokens run: those kept, or fewer where some tokens keep all."""
+    others = program.results.get(("others", site.name))
+    return site.kept if others is None else shape_of(others)[0]
 
 
 def _no_dense_exit_is_left(program: Program) -> None:
     for site in program.pruned_sites:
         narrowed: Node | None = program.shared["narrowed", site.name]
-        if narrowed is not None and shape_of(narrowed)[-1] != site.kept:
-            raise GraphError(f"after select_weights: {site.name} has width {shape_of(narrowed)[-1]}, not {site.kept}")
+        width = _width(program, site)
+        if narrowed is not None and shape_of(narrowed)[-1] != width:
+            raise GraphError(f"after select_weights: {site.name} has width {shape_of(narrowed)[-1]}, not {width}")
         block = program.analysis[site.name]
         if any(node is block.exit_linear for node in program.graph.nodes):
             raise GraphError(f"after select_weights: the dense exit linear of {site.name} is still in the graph")

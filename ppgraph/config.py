@@ -29,6 +29,7 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
         "probe_batch": 0.05,
         "probe_tokens": 0.5,
         "probe_choice": "largest",
+        "dense_tokens": 0.0,
         "history_momentum": 0.99,
         "observed": "mean-square",
         "allocation": "uniform",
@@ -36,6 +37,7 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
     },
     "spread": {
         "probe_choice": "spread",
+        "dense_tokens": 0.25,
         "observed": "low-rank",
         "allocation": "spare-heads",
         "compensation": "low-rank",
@@ -71,15 +73,16 @@ _FROM_METHOD: Final[Any] = None
 class PruneConfig:
     """How a model is pruned: frozen, hashable, checked at construction.
 
-    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens`, `probe_choice`, `history_momentum`,
-    `observed`, `allocation` and `compensation` (what these are made of: `ppgraph.methods`): what is left out (or None)
-    takes the method's value. The values of `"pp"` are mere defaults; the other methods *are* their values,
-    so another written beside them raises. Once constructed, every field holds a concrete value.
+    `method` is a preset over `score`, `statistics`, `probe_batch`, `probe_tokens`, `probe_choice`, `dense_tokens`,
+    `history_momentum`, `observed`, `allocation` and `compensation` (what these are made of: `ppgraph.methods`): what is
+    left out (or None) takes the method's value. The values of `"pp"` are mere defaults; the other methods *are* their
+    values, so another written beside them raises. Once constructed, every field holds a concrete value.
 
     Attributes:
         ratio: Share of heads and MLP channels removed, averaged over all layers, in `[0, 1)`.
-        method: `"pp"` (the paper's), `"spread"` (the same with MLPs probed all over the batch, more heads and fewer
-            channels kept, and exit weights that make up for what is lost: costs less perplexity),
+        method: `"pp"` (the paper's), `"spread"` (the same with MLPs probed all over the batch, tokens that keep all
+            channels, more heads and fewer channels kept, and exit weights that make up for what is lost: costs less
+            perplexity),
             `"full-batch"`, `"wanda-sp"` or `"flap"`.
         score: Importance of a channel: `"ppsp"`, `"wanda-sp"`, `"flap"` or a registered name.
         statistics: What the score reads: the probe and the history `"fused"`, or only one of them.
@@ -87,6 +90,9 @@ class PruneConfig:
         probe_tokens: Share of the tokens that is probed, in `(0, 1]`.
         probe_choice: Samples and tokens with the `"largest"` residuals; or for MLPs a `"spread"` of single tokens,
             evenly over all samples, in all a share of `probe_batch * probe_tokens`, whose averages are fused.
+        dense_tokens: Share of the tokens that keep all MLP channels, in `[0, 1)`: the probed ones, a third of them, and
+            those for which the probe says that the kept channels do worst. The other tokens keep fewer channels, so
+            that on average as many are kept; steps of decoding keep what the ratio says. Needs a `"spread"`.
         history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
         observed: What calibration observes and the history holds: `"mean-square"`, `"fluctuation"`,
             `"second-moment"`, `"low-rank"` or a registered name.
@@ -113,6 +119,7 @@ class PruneConfig:
     probe_batch: float = _FROM_METHOD
     probe_tokens: float = _FROM_METHOD
     probe_choice: str = _FROM_METHOD
+    dense_tokens: float = _FROM_METHOD
     history_momentum: float = _FROM_METHOD
     observed: str = _FROM_METHOD
     allocation: str = _FROM_METHOD
@@ -134,6 +141,12 @@ class PruneConfig:
             object.__setattr__(self, name, check(name, value))  # the documented way in a frozen dataclass
         if self.method != _DEFAULT_METHOD:
             self._require_preset()
+        if self.dense_tokens and (self.probe_choice != "spread" or self.statistics == "history"):
+            raise ConfigError(
+                f"dense_tokens={self.dense_tokens} needs tokens that are probed one by one; expected "
+                f"probe_choice='spread' and statistics='fused' or 'probe', found probe_choice={self.probe_choice!r} "
+                f"and statistics={self.statistics!r}"
+            )
 
     def _require_preset(self) -> None:
         for name, fixed in _PRESETS[self.method].items():
@@ -227,6 +240,15 @@ def kept_channels(width: int, ratio: float, multiple: int) -> int:
     return rounded_up(width - int(ratio * width), multiple, width)
 
 
+def kept_by_others(kept: int, width: int, dense: float, multiple: int) -> int:
+    """Return how many of `width` channels tokens keep where a share `dense` of them keeps all, and `kept` on average.
+
+    The nearest `multiple`, and at least one of it.
+    """
+    exact = (kept - dense * width) / (1 - dense)
+    return min(max(round(exact / multiple), 1) * multiple, kept)
+
+
 def rounded_up(kept: int, multiple: int, width: int) -> int:
     """Return `kept` rounded up to a `multiple`, at most `width`."""
     return min(width, math.ceil(kept / multiple) * multiple)
@@ -311,6 +333,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "probe_batch": _number(0, 1, open_low=True),
     "probe_tokens": _number(0, 1, open_low=True),
     "probe_choice": _choice(PROBE_CHOICES),
+    "dense_tokens": _number(0, 1, open_high=True),
     "history_momentum": _number(0, 1),
     "observed": _choice(KNOWN_OBSERVATIONS),
     "allocation": _choice(KNOWN_ALLOCATIONS),

@@ -83,11 +83,14 @@ class GraphRecord:
 class Selection:
     """What one prefill chose: {site name: kept channels [C'] int64}. `owner` names the runtime it is for.
 
+    `by_token` holds, of sites whose tokens differ, which rows of the batch kept all channels and what the others kept.
+
     Caches that a pruned model fills carry one, so that each generation decodes with its own.
     """
 
     owner: str
     channels: dict[str, torch.Tensor]
+    by_token: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @functools.cached_property
     def sites(self) -> frozenset[str]:
@@ -209,9 +212,11 @@ class Runtime:
             self._adopt(run_passes(program, ANALYSE), "dense")
         return program
 
-    def keep_selection(self, channels: dict[str, torch.Tensor]) -> None:
+    def keep_selection(
+        self, channels: dict[str, torch.Tensor], by_token: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    ) -> None:
         """Remember what a prefill chose."""
-        self.selection = Selection(self.name, channels)
+        self.selection = Selection(self.name, channels, by_token or {})
 
     def selection_to_reuse(self) -> Selection:
         """The selection for a step of decoding: the call's own, or the last one.
@@ -496,7 +501,7 @@ class GraphRunner:
         needed = [values[place] for place in self._packing_places]
         return self._runtime.packed_weights(self._packing, needed, self._runtime.selection_to_reuse())
 
-    def _keep(self, results: dict[str, torch.Tensor], shape: tuple[int, int]) -> None:
+    def _keep(self, results: dict[Any, torch.Tensor], shape: tuple[int, int]) -> None:
         finite = results.pop("finite", None)
         if finite is not None and not bool(finite.all()):
             bad = [name for name, fine in zip(self._checked, finite.tolist(), strict=True) if not fine]
@@ -506,8 +511,10 @@ class GraphRunner:
                 "the inputs and the dtype (fp16 overflows at 65504)"
             )
         self._runtime.last_shape = shape
+        rows = {name[1]: results.pop(name) for name in [*results] if name[0] == "dense"}
+        by_token = {site: (dense, results.pop(("others", site))) for site, dense in rows.items()}
         if results:
-            self._runtime.keep_selection(results)
+            self._runtime.keep_selection(results, by_token)
             self._runtime.statistics.add(results, self._runtime.sites or [])
         elif self._phase == "prefill":  # the config removes nothing: steps that go on from here have that to keep to
             self._runtime.keep_selection({})

@@ -152,11 +152,13 @@ def configs(draw: st.DrawFn, layers: int) -> dict[str, Any]:
             "score": draw(st.sampled_from(("ppsp", "ppsp", "wanda-sp", "flap"))),
             "probe_batch": draw(st.sampled_from((0.05, 0.34, 0.5, 1.0))),
             "probe_tokens": draw(st.sampled_from((0.5, 0.1, 0.3, 1.0))),
-            "probe_choice": draw(st.sampled_from(("largest", "largest", "spread"))),
+            "probe_choice": draw(st.sampled_from(("largest", "spread"))),
             "history_momentum": draw(st.sampled_from((0.99, 0.5, 0.0, 1.0))),
         }
         if draw(st.integers(0, 4)) == 4:
             found |= draw(st.sampled_from(PIECES))
+        if found["probe_choice"] == "spread" and found["statistics"] != "history":
+            found["dense_tokens"] = draw(st.sampled_from((0.0, 0.25, 0.1, 0.6)))
     return found
 
 
@@ -287,13 +289,19 @@ def exit_weight(linear: nn.Module) -> Tensor:
 
 
 @contextmanager
-def compensated(dense: nn.Module, pruned: Any, selection: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, exit linears make up for dropped channels as the config says, from what the history holds."""
+def compensated(
+    dense: nn.Module, pruned: Any, selection: Mapping[str, Tensor], dense_tokens: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Within it, exit linears make up for dropped channels as the config says, from what the history holds.
+
+    Of tokens that keep all channels nothing is made up for.
+    """
     kind, history = pruned.ppgraph.config.compensation, pruned.ppgraph.history
     with ExitStack() as hooks:
         for site, path in exits(pruned).items() if kind != "none" else ():
             linear, kept = dense.get_submodule(path), selection[site]
             weight = exit_weight(linear).double()
+            whole, kept = dense_tokens.get(site, (None, kept))
             if kind == "mean":
                 mean = history.centre(site, "mean").double().index_fill(0, kept, 0)
                 constant = weight @ mean
@@ -303,9 +311,12 @@ def compensated(dense: nn.Module, pruned: Any, selection: Mapping[str, Tensor]) 
             else:
                 change = torch.zeros_like(weight)
                 change[:, kept] = (least_squares if kind == "least-squares" else low_rank)(history, site, weight, kept)
-                hook = linear.register_forward_hook(
-                    lambda module, args, out, change=change: out + F.linear(args[0], change.to(out.dtype))
-                )
+
+                def made_up(module: Any, args: Any, out: Tensor, change: Tensor = change, whole: Any = whole) -> Tensor:
+                    added = F.linear(args[0], change.to(out.dtype))
+                    return out + (added if whole is None else added.masked_fill(whole.reshape(*out.shape[:-1], 1), 0))
+
+                hook = linear.register_forward_hook(made_up)
             hooks.callback(hook.remove)
         yield
 
@@ -378,13 +389,20 @@ class Watched(Reference):
 
     closest: float = 1.0
 
-    def chosen(self, block: Block, scores: Tensor) -> Tensor:
-        kept = self.kept_units(block)
-        ordered = scores.sort(descending=True).values
+    def chosen(self, block: Block, scores: Tensor, kept: int | None = None) -> Tensor:
+        self._look(scores, kept or self.kept_units(block), 0.0)
+        return super().chosen(block, scores, kept)
+
+    def worst(self, predicted: Tensor, count: int) -> Tensor:
+        self._look(predicted[predicted.isfinite()], count, float(predicted.nanmean()))
+        return super().worst(predicted, count)
+
+    def _look(self, scores: Tensor, kept: int, zero: float) -> None:
+        """How far apart the last that is chosen and the first that is not are, of how far the former is from `zero`."""
+        ordered = scores.sort(descending=True).values - zero
         if 0 < kept < len(ordered):
             last, first = float(ordered[kept - 1]), float(ordered[kept])
-            self.closest = min(self.closest, (last - first) / last if last else 1.0)
-        return super().chosen(block, scores)
+            self.closest = min(self.closest, (last - first) / abs(last) if last else 1.0)
 
 
 def reference_of(case: Case, dense: Any, config: ppgraph.PruneConfig) -> Watched | None:
@@ -401,6 +419,7 @@ def reference_of(case: Case, dense: Any, config: ppgraph.PruneConfig) -> Watched
         "probe_batch",
         "probe_tokens",
         "probe_choice",
+        "dense_tokens",
         "history_momentum",
         "skip_layers",
         "rescale_ratio",
@@ -456,10 +475,12 @@ class Judge:
                 _require(_same(selection, prompted), "a step of decoding has another selection than its prompt")
             chosen = {} if is_step and self.config.decode == "dense" else selection
             self._require_selection(selection)
-            expected, seen = self._expected(inputs, other, chosen)
+            differing = {} if is_step and self.config.decode == "reuse" else self.pruned.ppgraph.dense_tokens()
+            expected, seen = self._expected(inputs, other, chosen, differing if chosen else {})
             self._require_logits(logits, expected, inputs)
             if not is_step or self.config.decode == "probe":
-                self._follow(inputs, seen, selection, cached_tokens)
+                narrowed = {site: others for site, (_, others) in differing.items()}
+                self._follow(inputs, seen, selection | narrowed, cached_tokens)
             if cached_tokens == 0 and self.reference is not None:
                 self._compare_with_reference(inputs, logits, selection)
             prompted = prompted if is_step else selection
@@ -510,12 +531,16 @@ class Judge:
         return model(**inputs, **arguments).logits  # type: ignore[no-any-return]
 
     def _expected(
-        self, inputs: Mapping[str, Tensor], cache: Any, selection: Mapping[str, Tensor]
+        self,
+        inputs: Mapping[str, Tensor],
+        cache: Any,
+        selection: Mapping[str, Tensor],
+        differing: Mapping[str, tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         places = {site: path for site, path in exits(self.pruned).items() if site in selection}
         with (
-            masked(self.dense, selection, places),
-            compensated(self.dense, self.pruned, selection if selection else {}) if selection else ExitStack(),
+            masked(self.dense, selection, places, differing),
+            compensated(self.dense, self.pruned, selection, differing) if selection else ExitStack(),
             self._seen_at_exits() as seen,
         ):
             return self._call(self.dense, inputs, cache), seen
@@ -580,11 +605,15 @@ class Judge:
         assert self.reference is not None
         self.reference.closest = 1.0
         expected = self.reference(**inputs)
-        if not _same(selection, expected.selection):
+        real, found = real_tokens(inputs), self.pruned.ppgraph.dense_tokens()
+        tokens = {site: dense & real for site, (dense, _) in found.items()}
+        alike = _same(selection, expected.selection) and _same(
+            tokens, {site: dense for site, (dense, _) in expected.dense.items()}
+        )
+        if not alike:
             _require(self.reference.closest < TIE, "another selection than the reference's")
             self.reference = None  # a tie; from here on the two go different ways
             return
-        real = real_tokens(inputs)
         error = float((logits - expected.logits)[real].abs().max() / expected.logits[real].abs().max())
         _require(error < 1e-4, f"logits are off from the reference by {error:.2g} of the largest")
 

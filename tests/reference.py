@@ -384,6 +384,30 @@ def spread_rows(real: Tensor, fraction: Fraction) -> list[tuple[int, int]]:
     return [tuple(rows[math.ceil(Fraction(len(rows) * (i + 1), wanted)) - 1]) for i in range(wanted)]
 
 
+def filled_up(rows: list[tuple[int, int]], real: Tensor, fraction: Fraction) -> list[tuple[int, int]]:
+    """These and the first other places, as many in all as `spread_rows` gives of a batch without padding."""
+    others = [(b, j) for b in range(real.shape[0]) for j in range(real.shape[1]) if (b, j) not in rows]
+    return rows + others[: math.ceil(real.numel() * fraction) - len(rows)]
+
+
+def log_error(x: Tensor, errors: Tensor, steps: int = 3) -> tuple[Tensor, Tensor]:
+    """What predicts log(error) of inputs [D], up to a constant: the least squares solution from x [n, D], errors [n].
+
+    Not the whole one, but the best of what `steps` products with Z'Z make of Z't (what as many steps of conjugate
+    gradients arrive at). Gives it with the centre of x.
+    """
+    if not len(x):
+        return torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
+    centre = x.double().mean(dim=0)
+    z, t = x.double() - centre, (errors.double() + 1e-6).log()
+    t = t - t.mean()
+    basis = [z.T @ t]
+    while len(basis) < steps:
+        basis.append(z.T @ (z @ (basis[-1] / basis[-1].norm().clamp(min=1e-300))))
+    space = torch.linalg.qr(torch.stack(basis, dim=1)).Q
+    return space @ torch.linalg.lstsq(z @ space, t[:, None], driver="gelsd").solution[:, 0], centre
+
+
 def probed_places(n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float) -> tuple[Tensor, Tensor]:
     """Step 1: (samples, tokens) to probe, from the residual norms n [B, S]. Tokens are chosen first."""
     n = torch.where(real, n, 0.0)
@@ -527,6 +551,7 @@ class Alignment:
 class Result:
     logits: Tensor  # [B, S, V], by column; 0 at padding
     selection: dict[str, Tensor]  # pruned sites only: kept channels of the exit linear's input, ascending
+    dense: dict[str, tuple[Tensor, Tensor]]  # by site: tokens [B, S] that kept all, by column, and others' channels
 
 
 class Reference:
@@ -540,6 +565,7 @@ class Reference:
         probe_batch: float = 0.05,
         probe_tokens: float = 0.5,
         probe_choice: str = "largest",
+        dense_tokens: float = 0.0,
         history_momentum: float = 0.99,
         skip_layers: int = 3,
         rescale_ratio: bool = True,
@@ -556,6 +582,7 @@ class Reference:
             raise ValueError("the model must be in eval mode")
         self.adapter: Adapter = ADAPTERS[model.config.model_type](model)
         self.probe_batch, self.probe_tokens, self.probe_choice = probe_batch, probe_tokens, probe_choice
+        self.dense_tokens = dense_tokens
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
@@ -589,9 +616,15 @@ class Reference:
     def is_pruned(self, block: Block) -> bool:
         return self.kept_units(block) < block.units
 
-    def chosen(self, block: Block, scores: Tensor) -> Tensor:
-        """The units with the highest scores, of each rank's part as many."""
-        own, kept = block.units // self.ranks, self.kept_units(block) // self.ranks
+    def others_kept(self, block: Block) -> int:
+        """Channels of the tokens that don't keep all of them: on average as many are kept as step 7 says."""
+        kept = self.kept_units(block)
+        exact = (kept - self.dense_tokens * block.units) / (1 - self.dense_tokens)
+        return min(max(round(exact / self.width_multiple), 1) * self.width_multiple, kept)
+
+    def chosen(self, block: Block, scores: Tensor, kept: int | None = None) -> Tensor:
+        """The units with the highest scores (`kept_units` unless told how many), of each rank's part as many."""
+        own, kept = block.units // self.ranks, (kept or self.kept_units(block)) // self.ranks
         parts = [top(scores[start : start + own], kept) + start for start in range(0, block.units, own)]
         return torch.cat(parts)
 
@@ -681,8 +714,7 @@ class Reference:
 
     def averaged_statistic(self, block: Block, x: Tensor, positional: Sequence[Tensor], real: Tensor) -> Tensor:
         """F [C] where single rows are probed: their average, fused with the average of the history."""
-        fraction = Fraction(str(self.probe_batch)) * Fraction(str(self.probe_tokens))
-        rows, units = spread_rows(real, fraction), torch.arange(block.units)
+        rows, units = spread_rows(real, self.probed_share()), torch.arange(block.units)
         y = torch.cat(
             [x.new_zeros(0, block.width)]
             + [block.exit_input(x[b, [j]], [t[b, [j]] for t in positional], units) for b, j in rows]
@@ -693,6 +725,41 @@ class Reference:
         places = real.any(dim=0).nonzero()[:, 0]
         g = self.history_at(block, places).sum(dim=0, keepdim=True) / max(len(places), 1)
         return fuse(p, g)
+
+    def probed_share(self) -> Fraction:
+        """Of the rows, where single rows are probed."""
+        if self.dense_tokens:
+            return Fraction(str(self.dense_tokens)) / 3
+        return Fraction(str(self.probe_batch)) * Fraction(str(self.probe_tokens))
+
+    # Tokens that keep all channels
+
+    def tokens_kept_whole(
+        self, block: Block, residual: Tensor, x: Tensor, positional: Sequence[Tensor], real: Tensor, units: Tensor
+    ) -> Tensor:
+        """[B, S] by place: the probed rows, and those that are predicted to be worst off with these units alone."""
+        every, rows = torch.arange(block.units), spread_rows(real, self.probed_share())
+        errors = []
+        for b, j in rows:
+            arguments = x[b, [j]], [t[b, [j]] for t in positional]
+            whole = block.exit(block.exit_input(*arguments, every), every)
+            narrow = block.exit(block.exit_input(*arguments, units), units)
+            errors.append((whole - narrow).float().norm() / (residual[b, j].float().norm() + 1e-6))
+        direction, centre = log_error(x[[b for b, _ in rows], [j for _, j in rows]], torch.tensor(errors))
+        dense = torch.zeros_like(real)
+        for b, j in filled_up(rows, real, self.probed_share()):
+            dense[b, j] = True
+        predicted = (x.double() - centre) @ direction
+        predicted = predicted.masked_fill(dense, -math.inf)
+        left = math.ceil(real.numel() * Fraction(str(self.dense_tokens))) - int(dense.sum())
+        worst = self.worst(predicted[real], min(left, int((real & ~dense).sum())))
+        places = real.nonzero()[worst]
+        dense[places[:, 0], places[:, 1]] = True
+        return dense & real
+
+    def worst(self, predicted: Tensor, count: int) -> Tensor:
+        """Indices of the highest predictions."""
+        return top(predicted, count)
 
     # One pass
 
@@ -719,14 +786,19 @@ class Reference:
         positional = [alignment.to_positions(t) for t in self.adapter.positional(residual, position_ids)]
         residual = alignment.to_positions(residual)
         selection: dict[str, Tensor] = {}
+        kept_whole: dict[str, tuple[Tensor, Tensor]] = {}
         for block in self.adapter.blocks:
             x = block.norm(residual)
             pruned = self.is_pruned(block) and not calibrating
             units = torch.arange(block.units)
             if pruned:
                 f = self.fused_statistic(block, residual, x, positional, real)
-                units = self.chosen(block, self.score(f, block.exit_weight(), block.unit_size))
+                scores = self.score(f, block.exit_weight(), block.unit_size)
+                units = self.chosen(block, scores)
                 selection[block.site] = block.channels(units)
+            differs = pruned and self.dense_tokens and block.kind == "mlp" and real.numel() > 1
+            if differs:
+                units = self.chosen(block, scores, self.others_kept(block))
             y = self.full_exit_input(block, x, positional, real, units)
             if pruned and self.statistics == "fused":
                 self.update_history(block, y, real, units)
@@ -734,10 +806,14 @@ class Reference:
                 self.fluctuation.setdefault(block.site, Fluctuation(block.width)).add(y, real)
             elif calibrating and self.is_pruned(block):
                 self.calibrate_history(block, y, real)
-            residual = block.join(
-                residual, block.exit(y, units) + (self.compensation(block, units) if pruned and self.flap else 0)
-            )
-        return Result(alignment.to_columns(self.adapter.head(residual)), selection)
+            added = block.exit(y, units) + (self.compensation(block, units) if pruned and self.flap else 0)
+            if differs:
+                dense = self.tokens_kept_whole(block, residual, x, positional, real, units)
+                every = torch.arange(block.units)
+                added[dense] = block.exit(self.full_exit_input(block, x, positional, real, every), every)[dense]
+                kept_whole[block.site] = alignment.to_columns(dense), units
+            residual = block.join(residual, added)
+        return Result(alignment.to_columns(self.adapter.head(residual)), selection, kept_whole)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -778,16 +854,24 @@ def find_exit(model: nn.Module, site: str) -> nn.Module:
 
 
 @contextmanager
-def masked(model: nn.Module, selection: Mapping[str, Tensor], exits: Mapping[str, str] | None = None) -> Iterator[None]:
+def masked(
+    model: nn.Module,
+    selection: Mapping[str, Tensor],
+    exits: Mapping[str, str] | None = None,
+    dense: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[None]:
     """Within it, each exit linear of the dense model reads 0 on the channels not selected.
 
-    `exits` maps a site to the path of its exit linear where the name does not tell.
+    `exits` maps a site to the path of its exit linear where the name does not tell; `dense` a site to the tokens [B, S]
+    that keep all channels, and the channels of the others.
     """
 
-    def keep_only(kept: Tensor) -> Any:
+    def keep_only(kept: Tensor, whole: Tensor | None) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             dropped = torch.ones(args[0].shape[-1], dtype=torch.bool, device=args[0].device)
             dropped[kept] = False
+            if whole is not None:
+                dropped = dropped & ~whole.reshape(*args[0].shape[:-1], 1)
             return (args[0].masked_fill(dropped, 0), *args[1:])
 
         return hook
@@ -797,7 +881,8 @@ def masked(model: nn.Module, selection: Mapping[str, Tensor], exits: Mapping[str
         for site, kept in selection.items():
             path = (exits or {}).get(site)
             exit_linear = model.get_submodule(path) if path else find_exit(model, site)
-            handles.append(exit_linear.register_forward_pre_hook(keep_only(kept)))
+            whole, kept = (dense or {}).get(site, (None, kept))
+            handles.append(exit_linear.register_forward_pre_hook(keep_only(kept, whole)))
         yield
     finally:
         for handle in handles:
@@ -812,8 +897,9 @@ def masked_dense_logits(
     attention_mask: Tensor | None = None,
     *,
     exits: Mapping[str, str] | None = None,
+    dense: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Logits of the untouched dense model within `masked`; `kwargs` go to the model."""
-    with masked(model, selection, exits):
+    with masked(model, selection, exits, dense):
         return model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppgraph import config as config_module
-from ppgraph.config import PruneConfig, kept_channels, kept_heads, layer_ratio
+from ppgraph.config import PruneConfig, kept_by_others, kept_channels, kept_heads, layer_ratio
 from ppgraph.errors import ConfigError, PPGraphError
 
 
@@ -26,6 +26,7 @@ def test_defaults_are_those_of_the_interface() -> None:
         "probe_batch": 0.05,
         "probe_tokens": 0.5,
         "probe_choice": "largest",
+        "dense_tokens": 0.0,
         "history_momentum": 0.99,
         "skip_layers": 3,
         "rescale_ratio": True,
@@ -63,6 +64,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("score", 1, r"found 1 \(int\)"),
     ("statistics", "both", "one of fused, history, probe"),
     ("probe_choice", "random", "one of largest, spread"),
+    ("dense_tokens", 1.0, r"in \[0, 1\), found 1.0"),
     ("probe_batch", 0, r"in \(0, 1\], found 0"),
     ("probe_batch", 1.5, "found 1.5"),
     ("probe_batch", math.nan, "found nan"),
@@ -101,6 +103,22 @@ def test_numbers_are_stored_as_floats(ratio: float) -> None:
 
 def test_blocks_have_one_order() -> None:
     assert PruneConfig(blocks=("mlp", "attention", "mlp")).blocks == ("attention", "mlp")
+
+
+@pytest.mark.parametrize("others", [{}, {"probe_choice": "spread", "statistics": "history"}], ids=str)
+def test_dense_tokens_need_tokens_that_are_probed_one_by_one(others: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"dense_tokens=0.3 needs .* expected probe_choice='spread' and statistics="):
+        PruneConfig(dense_tokens=0.3, **others)
+
+
+@pytest.mark.parametrize(
+    ("kept", "dense", "multiple", "expected"),
+    [(832, 0.25, 64, 576), (832, 0.25, 1, 597), (832, 0.5, 64, 128), (832, 0.6, 64, 64), (40, 0.25, 64, 40)],
+)
+def test_other_tokens_keep_so_many_channels_that_the_average_is_kept(
+    kept: int, dense: float, multiple: int, expected: int
+) -> None:
+    assert kept_by_others(kept, 1536, dense, multiple) == expected
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,13 @@ def compare(
         for name, kept in expected.selection.items():
             assert torch.equal(selection[name], kept), name
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        dense = pruned.ppgraph.dense_tokens()
+        assert set(dense) == set(expected.dense)
+        for name, (tokens, others) in expected.dense.items():
+            assert torch.equal(dense[name][0] & real, tokens), name
+            assert torch.equal(dense[name][1], others), name
         assert relative(logits[real], expected.logits[real]) < 1e-5
-        masked = masked_dense_logits(model, selection, **inputs)
+        masked = masked_dense_logits(model, selection, dense=dense, **inputs)
         assert relative(logits[real], masked[real]) < 1e-5
     for name, history in reference.history.items():
         held = pruned.ppgraph.history[name][: len(history)]
@@ -114,12 +119,14 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
         {"probe_choice": "spread", "probe_batch": 1.0, "probe_tokens": 0.2},
         {"probe_choice": "spread", "statistics": "probe", "probe_tokens": 0.9},
         {"probe_choice": "spread", "probe_tokens": 0.9},
+        {"probe_choice": "spread", "dense_tokens": 0.3},
+        {"probe_choice": "spread", "dense_tokens": 0.8, "statistics": "probe", "width_multiple": 1},
         {"history_momentum": 1.0},
     ],
     ids=str,
 )
 def test_other_configs_equal_the_reference(config: dict[str, Any]) -> None:
-    compare(llama(2), [*FOUR[:2], batch(6, 11)], ratio=0.4, **SIZES, **config)
+    compare(llama(2), [*FOUR[:2], batch(6, 11)], ratio=0.4, **{**SIZES, **config})
 
 
 def test_the_ratio_as_given_equals_the_reference() -> None:
@@ -139,6 +146,25 @@ def test_tiny_batches_equal_the_reference(samples: int, length: int) -> None:
 def test_rows_of_one_sample_or_one_token_equal_the_reference(samples: int, length: int) -> None:
     config = {**SIZES, "probe_batch": 1.0, "probe_tokens": 0.7}
     compare(llama(4), [batch(samples, length), batch(samples, length)], ratio=0.4, probe_choice="spread", **config)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(1, 1), (1, 9), (3, 1)])
+def test_dense_tokens_of_tiny_batches_equal_the_reference(samples: int, length: int) -> None:
+    batches = [batch(samples, length), batch(samples, length)]
+    compare(llama(4), batches, ratio=0.4, probe_choice="spread", dense_tokens=0.5, **SIZES)
+
+
+def test_where_most_of_a_batch_is_padding_all_its_tokens_may_keep_all_channels() -> None:
+    inputs = batch(4, 12)
+    inputs["attention_mask"] = torch.zeros(4, 12, dtype=torch.long)
+    inputs["attention_mask"][:, 9:] = 1
+    model, config = llama(4), {**SIZES, "probe_choice": "spread", "dense_tokens": 0.6}
+    compare(model, [inputs], ratio=0.4, **config)
+    pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", blocks=("mlp",), statistics="probe", **config)
+    with torch.no_grad():
+        found, expected = pruned(**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits
+    assert bool((pruned.ppgraph.dense_tokens()["model.layers.0.mlp"][0] >= inputs["attention_mask"].bool()).all())
+    assert relative(found[:, 9:], expected[:, 9:]) < 1e-5
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

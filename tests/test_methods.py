@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 import ppgraph
 from ppgraph import config as config_module
@@ -31,8 +32,9 @@ from ppgraph.errors import (
 from ppgraph.passes import Site
 from ppgraph.sensitivity import LOSS_TOKENS, expected_losses, samples_for_losses
 from tests.fuzzing import compensated
-from tests.reference import Reference, find_exit, masked_dense_logits
+from tests.reference import Reference, find_exit, masked, masked_dense_logits
 from tests.test_exactness import FOUR, SIZES, batch, llama, relative
+from tests.test_generate import cached
 
 # Groups of unequal sizes and lengths: positions count their own samples.
 CALIBRATION = [batch(4, 12, "left"), batch(1, 12, "left"), batch(3, 9, "right"), batch(2, 14, "left")]
@@ -215,11 +217,17 @@ def test_spread_keeps_its_prompts_weights_while_decoding_and_from_a_file(lowerin
     pruned.ppgraph.history.save(tmp_path)
     inputs, following = batch(3, 12), torch.full((3, 1), 7)
     first = pruned(**inputs, use_cache=True)
-    selection = pruned.ppgraph.selection()
+    selection, dense = pruned.ppgraph.selection(), pruned.ppgraph.dense_tokens()
     step = pruned(input_ids=following, past_key_values=first.past_key_values).logits
+    # The step itself keeps what the selection says: more channels than the prompt's other tokens.
     whole = torch.cat([inputs["input_ids"], following], dim=1)
-    with compensated(model, pruned, selection):
-        expected = masked_dense_logits(model, selection, whole)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        with compensated(model, pruned, selection, dense), masked(model, selection, dense=dense):
+            prompt = model(**inputs, **cached(cache), use_cache=True).logits
+        with compensated(model, pruned, selection, {}), masked(model, selection):
+            expected = torch.cat([prompt, model(input_ids=following, **cached(cache), use_cache=True).logits], dim=1)
+    assert expected.shape[:2] == whole.shape
     assert relative(first.logits, expected[:, :-1]) < 1e-3
     assert relative(step[:, -1], expected[:, -1]) < 1e-3
     again = ppgraph.transform(model, ratio=0.4, method="spread", lowering=lowering, **SIZES)

@@ -15,7 +15,7 @@ from ppgraph.passes.base import StateInput
 from ppgraph.passes.reuse_probe import ReuseProbe
 from tests.passes.graphs import SMALL, Attention, Captured, Flattened, Mlp, Residual, captured, hidden
 
-SELECTED, REUSED = PRUNE[:5], PRUNE[:6]
+SELECTED, REUSED = PRUNE[:5], PRUNE[:7]
 PROBED = SMALL.replace(statistics="probe")
 
 

@@ -83,7 +83,7 @@ def observe_twice(program: Program) -> None:
         (keep_fewer, PRUNE, 2, rf"after insert_score: {SITE} keeps \[6\] channels, not 5"),
         (keep_fewer, PRUNE, 3, f"after select_weights: {SITE} has width 6, not 5"),
         (put_the_exit_back, PRUNE, 3, f"after select_weights: the dense exit linear of {SITE} is still in the graph"),
-        (write_twice, PRUNE, 6, "a history is written twice in one graph"),
+        (write_twice, PRUNE, 7, "a history is written twice in one graph"),
         (observe_twice, CALIBRATE, 1, "a history is written twice in one graph"),
     ],
 )

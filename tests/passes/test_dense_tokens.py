@@ -1,0 +1,69 @@
+"""`dense_tokens`: which tokens keep all channels, and where they can not. `test_exactness` judges results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ppgraph
+from ppgraph.errors import ConfigError
+from ppgraph.passes import PRUNE
+from ppgraph.passes.dense_tokens import predicted_errors
+from ppgraph.passes.insert_score import InsertScore
+from tests.passes.graphs import HIDDEN, SITE, SMALL, Flattened, Mlp, Residual, captured
+from tests.test_exactness import SIZES, batch, llama
+
+SOME = SMALL.replace(probe_choice="spread", statistics="probe", dense_tokens=0.5)
+
+
+def test_errors_whose_logarithm_is_linear_are_ranked_from_a_few_tokens() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 3, generator=numbers)
+    errors = (inputs @ torch.tensor([1.0, -2.0, 0.5])).exp()
+    real = torch.arange(20) < 18
+    wrong = torch.where(real, errors[:20], 1e6)  # padding has no say
+    predicted = predicted_errors(inputs[:20], wrong, real, inputs)
+    assert torch.equal(predicted.argsort(), errors.argsort())
+
+
+def test_equal_errors_and_no_tokens_predict_nothing() -> None:
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), None, inputs), torch.zeros(5))
+    nobody = torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), nobody, inputs), torch.zeros(5))
+
+
+class ByPosition(Mlp):
+    """Something before the exit is the same for all samples, but not for all tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)) * torch.arange(x.shape[1]).unsqueeze(1))
+
+
+@pytest.mark.parametrize("block", [Mlp(), Flattened()], ids=["mlp", "flattened"])
+def test_half_of_the_tokens_run_on_all_channels_and_the_others_on_fewer(block: nn.Module) -> None:
+    graph = captured(Residual(block), config=SOME.replace(ratio=0.25))
+    program = graph.apply(*PRUNE)
+    assert program.results["others", SITE].meta["val"].shape == (6,), "12 channels, 9 kept: half keep all, half 6"
+    assert program.results[SITE].meta["val"].shape == (9,)
+    widths = {node.meta["val"].shape[-1] for node in graph.calls.values() if "linear" in node.name}
+    assert widths == {6, 12, HIDDEN}
+
+
+def test_a_block_that_does_not_act_on_rows_alone_keeps_the_same_channels_for_all_tokens() -> None:
+    graph = captured(Residual(ByPosition()), config=SOME)
+    graph.apply(*PRUNE[:2])
+    outcome = InsertScore()(graph.program)
+    assert ("others", SITE) not in graph.program.results
+    (refusal,) = outcome.refused
+    assert refusal.startswith(f"{SITE} keeps the same channels for all tokens: ")
+    assert "broadcasts over a part of" in refusal
+
+
+def test_a_compensation_with_a_constant_is_refused() -> None:
+    config = {"probe_choice": "spread", "dense_tokens": 0.3, "observed": "fluctuation", "compensation": "mean"}
+    pruned = ppgraph.transform(llama(2), lowering="eager", **config, **SIZES)
+    ppgraph.calibrate(pruned, [batch(4, 12)], progress=False)
+    with pytest.raises(ConfigError, match=r"dense_tokens=0.3 with compensation='mean', which adds a constant"):
+        pruned(**batch(4, 12), use_cache=False)

@@ -101,6 +101,19 @@ def test_the_full_batch_is_probed_with_all_pieces_of_the_method() -> None:
     assert overlap == pytest.approx(expected)
 
 
+def test_the_full_batch_is_probed_whole_beside_dense_tokens() -> None:
+    some = {"probe_choice": "spread", "blocks": ("mlp",), "lowering": "eager", "ratio": 0.4, **SIZES}
+    everything = {"statistics": "probe", "probe_batch": 1.0, "probe_tokens": 1.0}
+    configs = {"dense_tokens": 0.3}, everything
+    pruned, full = (ppgraph.transform(llama(2, layers=2), **some, **config) for config in configs)
+    for model in (pruned, full):
+        model(**BATCHES[0])
+    (own,), (whole,) = (model.ppgraph.selection().values() for model in (pruned, full))
+    overlap = pruned.ppgraph.report(full_batch=BATCHES[0]).full_batch_overlap
+    assert list(overlap.values()) == pytest.approx([jaccard(own, whole)])
+    assert 0 < jaccard(own, whole) < 1
+
+
 def test_plot_draws_heads_channels_and_overlaps(run: Any) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra ppgraph[plot]")
     figure = run[1].ppgraph.report(full_batch=BATCHES[0]).plot()

@@ -30,6 +30,7 @@ from ppgraph.passes.operators import (
     linear_bias,
     linear_weight,
     operand_axes,
+    weight_operand,
 )
 from ppgraph.passes.rebuild import rebuild, unit_indices
 
@@ -370,10 +371,9 @@ class Narrower:
 
     def exit(self, exit_linear: Node, exit_input: Node, narrowed_input: Node) -> Node:
         """The exit linear on its kept columns."""
-        position = 1 if exit_linear.target in (aten.linear.default, aten.matmul.default, aten.mm.default) else 2
-        weight = exit_linear.args[position]
+        place, dim = weight_operand(exit_linear)
+        weight = exit_linear.args[place]
         assert isinstance(weight, Node)
-        dim = 1 if exit_linear.target is aten.linear.default else 0
         columns = self.build.select(weight, dim, self.channels)
         replace = {exit_input: narrowed_input, weight: columns}
         return self.build.copy(exit_linear, replace)

@@ -19,7 +19,7 @@ from ppgraph.errors import ConfigError
 from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, padding_of
-from ppgraph.passes.operators import linear_activations, linear_weight
+from ppgraph.passes.operators import linear_activations, weight_operand
 from ppgraph.passes.reuse_probe import erase_unused
 from ppgraph.passes.rows import OtherRows, RowPieces, rows_last
 from ppgraph.passes.select_weights import sort_topologically
@@ -122,10 +122,10 @@ def _split(program: Program, build: Builder, site: Site) -> None:
 
 def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node, Node]:
     """What the exit linear reads as its weight -> the whole weight, laid out alike."""
-    selected = exit_linear.args[1 if linear_weight(exit_linear)[0] in exit_linear.args[1:2] else 2]
+    place, dim = weight_operand(exit_linear)
+    selected = exit_linear.args[place]
     assert isinstance(selected, Node)
-    same = shape_of(block.weight)[1 - block.weight_dim] == shape_of(selected)[1 - block.weight_dim]
-    return {selected: block.weight if same else build(aten.t.default, block.weight)}
+    return {selected: block.weight if block.weight_dim == dim else build(aten.t.default, block.weight)}
 
 
 def _worst(program: Program, build: Builder, block: Block, sampling: Sampling, results: tuple[Node, Node]) -> Sampling:

@@ -473,14 +473,19 @@ def linear_activations(node: Node) -> Node:
 
 def linear_weight(node: Node) -> tuple[Node, int]:
     """The weight of a linear and the dimension of it that holds the *input* channels."""
-    if _packet(node) is aten.linear:
-        weight, dim = node.args[1], 1
-    else:
-        weight, dim = node.args[2 if _packet(node) is aten.addmm else 1], 0
+    place, dim = weight_operand(node)
+    weight = node.args[place]
     assert isinstance(weight, Node)
     while _packet(weight) in TRANSPOSES and _rank(weight) == 2:
         weight, dim = _first(weight), 1 - dim
     return weight, dim
+
+
+def weight_operand(node: Node) -> tuple[int, int]:
+    """Which of its arguments a linear multiplies with, and the dimension of that one that holds the input channels."""
+    if _packet(node) is aten.linear:
+        return 1, 1
+    return (2 if _packet(node) is aten.addmm else 1), 0
 
 
 def linear_bias(node: Node) -> Node | None:

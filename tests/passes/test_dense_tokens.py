@@ -11,7 +11,7 @@ from ppgraph.errors import ConfigError
 from ppgraph.passes import PRUNE
 from ppgraph.passes.dense_tokens import predicted_errors
 from ppgraph.passes.insert_score import InsertScore
-from tests.passes.graphs import HIDDEN, SITE, SMALL, Flattened, Mlp, Residual, captured
+from tests.passes.graphs import HIDDEN, SITE, SMALL, Flattened, Mlp, Residual, captured, hidden
 from tests.test_exactness import SIZES, batch, llama
 
 SOME = SMALL.replace(probe_choice="spread", statistics="probe", dense_tokens=0.5)
@@ -49,6 +49,42 @@ def test_half_of_the_tokens_run_on_all_channels_and_the_others_on_fewer(block: n
     assert program.results[SITE].meta["val"].shape == (9,)
     widths = {node.meta["val"].shape[-1] for node in graph.calls.values() if "linear" in node.name}
     assert widths == {6, 12, HIDDEN}
+
+
+class Product(Mlp):
+    """The exit's weight is read transposed by a plain product of flattened tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.relu(self.up(x)).reshape(-1, 12)
+        return torch.mm(inner, self.down.weight.t()).view(x.shape)
+
+
+class Stored(Mlp):
+    """The exit's weight is stored in x out, as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.empty(12, HIDDEN))
+        del self.down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(torch.ones(HIDDEN), torch.relu(self.up(x)).reshape(-1, 12), self.out).view(x.shape)
+
+
+@pytest.mark.parametrize("block", [Mlp(bias=True), Product(), Stored()], ids=["linear", "mm", "addmm"])
+def test_tokens_keep_all_channels_or_those_of_the_others_however_the_weight_lies(block: nn.Module) -> None:
+    graph = captured(Residual(block), config=SOME.replace(ratio=0.25, dense_tokens=0.25))
+    program = graph.apply(*PRUNE)
+    x = hidden(4, 6)
+    state = [torch.arange(1.0, 13) if item.constant is None else item.constant for item in program.state_inputs]
+    found = graph.results(x, state=state)
+    others, rows = found["others", SITE], found["dense", SITE]
+    assert (len(others), len(rows)) == (HIDDEN, 6), "as many channels as the exit has outputs"
+    kept = torch.zeros(12).index_fill(0, others, 1.0).repeat(24, 1)
+    kept[rows] = 1
+    masked = torch.relu(block.up(x)) * kept.view(4, 6, 12)
+    expected = masked @ block.out + 1 if isinstance(block, Stored) else block.down(masked)
+    torch.testing.assert_close(graph.output(x, state=state), x + expected)
 
 
 def test_a_block_that_does_not_act_on_rows_alone_keeps_the_same_channels_for_all_tokens() -> None:

@@ -153,7 +153,7 @@ def _worst(program: Program, build: Builder, block: Block, sampling: Sampling, r
         is_real = _by_column(build, padding.real, padding.columns)
         predicted = build.where(build(aten.reshape.default, is_real, [-1]), predicted, LAST)
     predicted = build(aten.index_fill.int_Scalar, predicted, 0, sampling.rows, -torch.inf)
-    rows = build.highest_in_order(predicted, count)
+    rows = build.highest(predicted, count)
     sample = build(aten.floor_divide.default, rows, length)
     column = build(aten.remainder.Scalar, rows, length)
     columns = column if samples == 1 else build(aten.unsqueeze.default, column, 1)

@@ -52,9 +52,9 @@ def test_each_graph_has_a_folder_with_one_file_a_stage_that_changed_it(dumped: P
         "02_insert_probe.py",
         "03_insert_score.py",
         "04_select_weights.py",
-        "06_reuse_probe.py",
-        "07_update_history.py",
-        "08_attach_results.py",
+        "07_reuse_probe.py",
+        "08_update_history.py",
+        "09_attach_results.py",
     ]
     assert sorted(path.name for path in (dumped / "01-calibrate").glob("*.py"))[1] == "02_observe_channels.py"
     overview = (dumped / "index.html").read_text()

@@ -33,7 +33,7 @@ def test_ratio_zero_is_the_compiled_dense_model_bit_for_bit() -> None:
     assert torch.equal(pruned(**batch(3, 16), use_cache=False).logits, expected)
 
 
-def test_a_float_that_inductor_wants_as_a_constant_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_float_that_inductor_wants_as_a_constant_is_traced_again() -> None:
     """Found by fuzzing: gemma2 in float64 scales its embeddings by a tensor, whose number was a symbol of the graph."""
     sizes = {
         "hidden_size": 32,
@@ -47,5 +47,5 @@ def test_a_float_that_inductor_wants_as_a_constant_is_traced_again(monkeypatch: 
         "gemma2", (Batch(samples=3, length=8),), config, sizes, attention="eager", dtype="float64", mask="packed"
     )
     # A graph that is in its cache is not looked at for such floats.
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
-    check(dataclasses.replace(case, lowering="inductor"))
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        check(dataclasses.replace(case, lowering="inductor"))

@@ -64,9 +64,9 @@ def test_the_history_moves_in_whole_calls_in_the_order_of_the_calls() -> None:
     order: list[int] = []
     call = pruned.ppgraph.runtime.keep_selection
 
-    def noting(channels: dict[str, Tensor]) -> None:
+    def noting(*chosen: Any) -> None:
         order.append(threading.get_ident())
-        call(channels)
+        call(*chosen)
 
     pruned.ppgraph.runtime.keep_selection = noting
 

@@ -9,7 +9,6 @@ tokens predict it for all others.
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,16 +17,16 @@ from torch.fx import Node
 from ppgraph.errors import ConfigError
 from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
 from ppgraph.passes.find_sites import Block
-from ppgraph.passes.insert_probe import Probe, padding_of
+from ppgraph.passes.insert_probe import Probe, padding_of, single_rows
 from ppgraph.passes.operators import linear_activations, weight_operand
-from ppgraph.passes.reuse_probe import erase_unused
-from ppgraph.passes.rows import OtherRows, RowPieces, rows_last
+from ppgraph.passes.rows import OtherRows, replace_exit, rows_last
 from ppgraph.passes.select_weights import sort_topologically
 from ppgraph.passes.token_axes import Prober, Sampling
 
 aten = torch.ops.aten
 
-# More steps fit the probed tokens' noise: 1, 3, 6, 12 steps gave perplexities of 50.8, 47.6, 47.9, 48.1.
+# More steps fit the probed tokens' noise: 1, 3, 6, 12 steps gave perplexities of 50.8, 47.6, 47.9, 48.1
+# (docs/quality.md).
 STEPS = 3
 TINY = 1e-6
 # Padding runs dense only where there are no other tokens; a probed token never twice.
@@ -108,16 +107,11 @@ def _split(program: Program, build: Builder, site: Site) -> None:
     others = OtherRows(build, block.stream, rows_last(build, block.stream, rows, count))
     other = others.of(narrowed)
     others.require_no_other_users(exit_linear)
-    assert other is not None
-    products = [build.copy(exit_linear, {narrowed: other}), probed_result, dense(y)]
-    result = others.in_order(products, exit_linear)
-    exit_linear.replace_all_uses_with(result)
+    narrow = [] if other is None else [other]  # none is left of a few tokens whose number is known
+    products = [*(build.copy(exit_linear, {narrowed: piece}) for piece in narrow), probed_result, dense(y)]
     kept = build.select(build(aten.cat.default, [probed, y]), 1, channels)
-    program.shared["exit", site.name] = result
-    program.shared["narrowed", site.name] = other
-    program.shared["rows", site.name] = RowPieces([other, kept], others.order.slots)
+    replace_exit(program, site, others, products, [*narrow, kept])
     program.results["dense", site.name] = rows
-    erase_unused(program, exit_linear)
 
 
 def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node, Node]:
@@ -150,16 +144,8 @@ def _worst(program: Program, build: Builder, block: Block, sampling: Sampling, r
     predicted = build.inline("dense tokens", predicted_errors, probed, errors, real, inputs)
     padding = padding_of(program, build, stream)
     if padding is not None:
-        is_real = _by_column(build, padding.real, padding.columns)
-        predicted = build.where(build(aten.reshape.default, is_real, [-1]), predicted, LAST)
+        predicted = build.where(build(aten.reshape.default, padding.by_column, [-1]), predicted, LAST)
     predicted = build(aten.index_fill.int_Scalar, predicted, 0, sampling.rows, -torch.inf)
     rows = build.highest(predicted, count)
-    sample = build(aten.floor_divide.default, rows, length)
-    column = build(aten.remainder.Scalar, rows, length)
-    columns = column if samples == 1 else build(aten.unsqueeze.default, column, 1)
-    return replace(sampling, samples=sample, columns=columns, rows=rows, sample_count=count, real=None)
-
-
-def _by_column(build: Builder, values: Node, columns: Node) -> Node:
-    """Values by place [B, S] in the order of columns."""
-    return build(aten.scatter.src, build(aten.zeros_like.default, values), 1, columns, values)  # type: ignore[no-any-return]
+    at = build(aten.floor_divide.default, rows, length), build(aten.remainder.Scalar, rows, length)
+    return single_rows(build, samples, at, rows, count)

@@ -33,11 +33,13 @@ class Padding:
     """Where the real tokens lie when an attention mask was given; rows are aligned at their first real token.
 
     `columns` [B, S]: the column of each sample's j-th place, each column once. `real` [B, S]: whether a real token is
-    there. `places` [S]: at which any sample has a token. `length` []: how many those are.
+    there. `by_column` [B, S]: the same of each column. `places` [S]: at which any sample has a token. `length` []: how
+    many those are.
     """
 
     columns: Node
     real: Node
+    by_column: Node
     places: Node
     length: Node
 
@@ -105,7 +107,7 @@ def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
     columns = build.where(build(aten.lt.Scalar, columns, length), columns, build(aten.sub.Scalar, columns, length))
     aligned = build(aten.gather.default, real, 1, columns)
     places = build(aten.any.dim, aligned, 0)
-    return Padding(columns, aligned, places, build(aten.sum.default, places))
+    return Padding(columns, aligned, real, places, build(aten.sum.default, places))
 
 
 def _real_by_token(mask: Node, build: Builder, length: Any) -> Node:
@@ -204,6 +206,14 @@ def _evenly_spaced(build: Builder, config: PruneConfig, stream: Node, padding: P
     sample, place = _divided(build, picked, length), build(aten.remainder.Scalar, picked, length)
     column = place if padding is None else build(aten.index.Tensor, padding.columns, [sample, place])
     rows = build.add(build.mul(sample, length), column)
+    return single_rows(build, samples, (sample, column), rows, count, real)
+
+
+def single_rows(
+    build: Builder, samples: Any, at: tuple[Node, Node], rows: Node, count: Any, real: Node | None = None
+) -> Sampling:
+    """`count` single rows of a batch of so many `samples`, `at` these samples and columns [count] each."""
+    sample, column = at
     columns = column if samples == 1 else build(aten.unsqueeze.default, column, 1)
     return Sampling(sample, None, columns, rows, count, 1, real)
 

@@ -21,7 +21,7 @@ from ppgraph._torch import hint
 from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, shape_of, value_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, share_of_rows
-from ppgraph.passes.rows import OtherRows, RowOrder, RowPieces, rows_last
+from ppgraph.passes.rows import OtherRows, RowOrder, erase_unused, replace_exit, rows_last
 from ppgraph.passes.select_weights import sort_topologically
 from ppgraph.passes.token_axes import Sampling
 
@@ -94,12 +94,7 @@ def _reuse_at_exit(program: Program, rows: OtherRows, site: Site, probe: Probe) 
     # Two products, as joining their inputs would copy the widest tensors of the block.
     pieces = rows.pieces(others, probe.y, channels)
     products = [build.copy(exit_linear, {narrowed: piece}) for piece in pieces]
-    result = rows.in_order(products, exit_linear)
-    exit_linear.replace_all_uses_with(result)
-    program.shared["exit", site.name] = result
-    program.shared["narrowed", site.name] = pieces[0]
-    program.shared["rows", site.name] = RowPieces(pieces, rows.order.slots)
-    erase_unused(program, exit_linear)
+    replace_exit(program, site, rows, products, pieces)
 
 
 def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Probe, outcome: PassResult) -> None:
@@ -118,18 +113,6 @@ def _reuse_at_linears(program: Program, rows: OtherRows, site: Site, probe: Prob
         pieces = rows.pieces(others, probe.linears[linear], channels)
         product.replace_all_uses_with(rows.in_order(pieces, product))
         erase_unused(program, product)
-
-
-def erase_unused(program: Program, node: Node) -> None:
-    """Erase a call that nothing uses any more, and what only it used; what writes somewhere stays."""
-    left, erased = [node], set()
-    while left:
-        node = left.pop()
-        if node in erased or node.users or node.op != "call_function" or node.is_impure():
-            continue
-        left += node.all_input_nodes
-        program.graph.erase_node(node)
-        erased.add(node)
 
 
 def row_order(program: Program, build: Builder, stream: Node, sampling: Sampling) -> RowOrder:

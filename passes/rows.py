@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ppgraph.passes.base import Builder, Refusal, same_size, shape_of
+from ppgraph.passes.base import Builder, Program, Refusal, Site, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.operators import is_linear, is_pointwise, is_product, is_reshape, is_slice, linear_activations
 
@@ -18,9 +18,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The batch's rows, those that were not probed first.
+    """The batch's rows, some of them behind all others.
 
-    `others` [B·S - B'·S']: which rows those are, ascending; None where all rows are probed. `slots` [B·S]: where each
+    `others`: which the others are, ascending; None where there are none. `slots` [B·S]: where each
     row lies. `samples`, `tokens`: the batch's sizes B and S.
     """
 
@@ -52,7 +52,7 @@ def rows_last(build: Builder, stream: Node, rows: Node, probed_count: Any, *, ar
 
 @dataclass(frozen=True)
 class RowPieces:
-    """A block's kept channels [rows, C'] in two: of the rows that were not probed, if any, and of the probe's."""
+    """A block's kept channels [rows, C'] in two: of the other rows, if any, and of those behind them."""
 
     pieces: list[Node]
     slots: Node
@@ -164,7 +164,7 @@ class RowWalk:
 
 
 class OtherRows(RowWalk):
-    """Emits nodes again on the rows that were not probed, flattened: [B, S, C] or [B·S, C] -> [B·S - B'·S', C].
+    """Emits nodes again on an order's other rows, flattened: [B, S, C] or [B·S, C] -> [others, C].
 
     What depends on the residual stream by no matrix product (the norm) is gathered.
     """
@@ -226,3 +226,32 @@ def require_by_rows(block: Block) -> None:
     rows = RowWalk(block.stream)
     rows.check(block.exit_input)
     rows.require_no_other_users(block.exit_linear)
+
+
+def replace_exit(program: Program, site: Site, rows: OtherRows, products: list[Node], pieces: list[Node]) -> None:
+    """Put an exit linear's results on parts of the batch, those of the other rows first, in the place of the whole.
+
+    `pieces`: the kept channels [rows, C'] of the other rows, if any, and of those behind them.
+
+    Leaves in `program.shared`, in the place of what was there, `("exit", name)` and `("narrowed", name)`, and
+    `("rows", name)`: a `RowPieces`.
+    """
+    exit_linear = program.shared["exit", site.name]
+    result = rows.in_order(products, exit_linear)
+    exit_linear.replace_all_uses_with(result)
+    program.shared["exit", site.name] = result
+    program.shared["narrowed", site.name] = pieces[0]
+    program.shared["rows", site.name] = RowPieces(pieces, rows.order.slots)
+    erase_unused(program, exit_linear)
+
+
+def erase_unused(program: Program, node: Node) -> None:
+    """Erase a call that nothing uses any more, and what only it used; what writes somewhere stays."""
+    left, erased = [node], set()
+    while left:
+        node = left.pop()
+        if node in erased or node.users or node.op != "call_function" or node.is_impure():
+            continue
+        left += node.all_input_nodes
+        program.graph.erase_node(node)
+        erased.add(node)

@@ -83,14 +83,15 @@ class GraphRecord:
 class Selection:
     """What one prefill chose: {site name: kept channels [C'] int64}. `owner` names the runtime it is for.
 
-    `by_token` holds, of sites whose tokens differ, which rows of the batch kept all channels and what the others kept.
-
-    Caches that a pruned model fills carry one, so that each generation decodes with its own.
+    `by_token` holds, of sites whose tokens differ, which rows of the batch (of `shape` [B, S], flattened) kept all
+    channels, and what the others kept. Caches that a pruned model fills carry a selection, so that each generation
+    decodes with its own.
     """
 
     owner: str
     channels: dict[str, torch.Tensor]
-    by_token: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    by_token: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    shape: tuple[int, int]
 
     @functools.cached_property
     def sites(self) -> frozenset[str]:
@@ -148,7 +149,7 @@ class Runtime:
         made.shares = dict(self.shares)
         made.history = copy.deepcopy(self.history, memo)
         if self.selection is not None:
-            made.keep_selection(dict(self.selection.channels))
+            made.keep_selection(dict(self.selection.channels), self.selection.by_token, self.selection.shape)
         return made
 
     def compile(self, module: GraphModule, phase: Phase | None = None, positional: Sequence[str] = ()) -> Compiled:
@@ -213,10 +214,13 @@ class Runtime:
         return program
 
     def keep_selection(
-        self, channels: dict[str, torch.Tensor], by_token: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self,
+        channels: dict[str, torch.Tensor],
+        by_token: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        shape: tuple[int, int],
     ) -> None:
-        """Remember what a prefill chose."""
-        self.selection = Selection(self.name, channels, by_token or {})
+        """Remember what a prefill chose, as a `Selection` has it."""
+        self.selection = Selection(self.name, channels, by_token, shape)
 
     def selection_to_reuse(self) -> Selection:
         """The selection for a step of decoding: the call's own, or the last one.
@@ -514,10 +518,10 @@ class GraphRunner:
         rows = {name[1]: results.pop(name) for name in [*results] if name[0] == "dense"}
         by_token = {site: (dense, results.pop(("others", site))) for site, dense in rows.items()}
         if results:
-            self._runtime.keep_selection(results, by_token)
+            self._runtime.keep_selection(results, by_token, shape)
             self._runtime.statistics.add(results, self._runtime.sites or [])
         elif self._phase == "prefill":  # the config removes nothing: steps that go on from here have that to keep to
-            self._runtime.keep_selection({})
+            self._runtime.keep_selection({}, {}, shape)
 
 
 def shares_of(program: Program) -> dict[str, Share]:

@@ -112,17 +112,18 @@ class Pruning:
         return {name: shares[name].channels[kept] if name in shares else kept for name, kept in chosen.items()}
 
     def dense_tokens(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """{site name: (tokens [B, S] bool, channels [C'] int64)} of the last batch, where `dense_tokens` is configured.
+        """{site name: (tokens [B, S] bool, channels [C'] int64)} of the last prompt, for sites where tokens differ.
 
         Those tokens kept all channels of the site, the others these, ascending and fewer than `selection()` has.
         """
-        runtime = self.runtime
+        shares, selection = self.runtime.shares, self.runtime.selection
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, (rows, others) in runtime.selection.by_token.items() if runtime.selection else ():
-            assert runtime.last_shape is not None  # set by every prefill
-            tokens = torch.zeros(runtime.last_shape, dtype=torch.bool, device=rows.device)
+        if selection is None:
+            return found
+        for name, (rows, others) in selection.by_token.items():
+            tokens = torch.zeros(selection.shape, dtype=torch.bool, device=rows.device)
             tokens.view(-1)[rows] = True
-            found[name] = (tokens, runtime.shares[name].channels[others] if name in runtime.shares else others)
+            found[name] = (tokens, shares[name].channels[others] if name in shares else others)
         return found
 
     def report(self, full_batch: Mapping[str, Any] | None = None) -> Report:

@@ -40,6 +40,25 @@ class Flattened(Mlp):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
+class Fused(Mlp):
+    """Gate and up in one projection, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 24, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ByPosition(Mlp):
+    """Something before the exit is the same for all samples, but not for all tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)) * torch.arange(x.shape[1]).unsqueeze(1))
+
+
 class Attention(nn.Module):
     """Causal attention, 4 query heads of size 2; `kv_heads` key and value heads."""
 
@@ -48,10 +67,15 @@ class Attention(nn.Module):
         self.q, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(HIDDEN, 2 * kv_heads, bias=False) for _ in range(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, [samples, heads, tokens, 2] each."""
         query, key, value = (
             projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
         )
+        return query, key, value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.projected(x)
         gqa = key.shape[1] != query.shape[1]
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
         return self.o(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))

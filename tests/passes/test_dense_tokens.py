@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import ppgraph
+from ppgraph import _torch
 from ppgraph.errors import ConfigError
 from ppgraph.passes import PRUNE
 from ppgraph.passes.dense_tokens import predicted_errors
 from ppgraph.passes.insert_score import InsertScore
-from tests.passes.graphs import HIDDEN, SITE, SMALL, Flattened, Mlp, Residual, captured, hidden
+from tests.passes.graphs import HIDDEN, SITE, SMALL, ByPosition, Flattened, Mlp, Residual, captured, hidden
 from tests.test_exactness import SIZES, batch, llama
 
 SOME = SMALL.replace(probe_choice="spread", statistics="probe", dense_tokens=0.5)
@@ -32,13 +33,6 @@ def test_equal_errors_and_no_tokens_predict_nothing() -> None:
     assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), None, inputs), torch.zeros(5))
     nobody = torch.zeros(3, dtype=torch.bool)
     assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), nobody, inputs), torch.zeros(5))
-
-
-class ByPosition(Mlp):
-    """Something before the exit is the same for all samples, but not for all tokens."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)) * torch.arange(x.shape[1]).unsqueeze(1))
 
 
 @pytest.mark.parametrize("block", [Mlp(), Flattened()], ids=["mlp", "flattened"])
@@ -103,3 +97,27 @@ def test_a_compensation_with_a_constant_is_refused() -> None:
     ppgraph.calibrate(pruned, [batch(4, 12)], progress=False)
     with pytest.raises(ConfigError, match=r"dense_tokens=0.3 with compensation='mean', which adds a constant"):
         pruned(**batch(4, 12), use_cache=False)
+
+
+def test_which_tokens_a_prompt_kept_whole_is_known_after_a_step_of_decoding() -> None:
+    pruned = ppgraph.transform(llama(2), lowering="eager", config=SOME.replace(width_multiple=8))
+    first = pruned(**batch(3, 8), use_cache=True)
+    ((name, (tokens, others)),) = pruned.ppgraph.dense_tokens().items()
+    assert tokens.shape == (3, 8)
+    assert int(tokens.sum()) == 12
+    pruned(input_ids=torch.full((3, 1), 7), past_key_values=first.past_key_values)
+    again, kept = pruned.ppgraph.dense_tokens()[name]
+    assert torch.equal(again, tokens)
+    assert torch.equal(kept, others)
+
+
+def test_of_a_batch_of_known_size_all_tokens_may_be_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
+    torch._dynamo.reset()
+    model = llama(2)
+    options = {"ratio": 0.4, "probe_choice": "spread", "dense_tokens": 0.8, "statistics": "probe", "blocks": ["mlp"]}
+    compiled = torch.compile(model, backend="ppgraph", dynamic=False, options=options | SIZES)
+    inputs = batch(2, 2)
+    with torch.no_grad():
+        found, expected = (run(**inputs, use_cache=False).logits for run in (compiled, model))
+    torch.testing.assert_close(found, expected)

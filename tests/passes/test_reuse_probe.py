@@ -13,7 +13,18 @@ from ppgraph.errors import GraphError
 from ppgraph.passes import PRUNE, Program
 from ppgraph.passes.base import StateInput
 from ppgraph.passes.reuse_probe import ReuseProbe
-from tests.passes.graphs import SMALL, Attention, Captured, Flattened, Mlp, Residual, captured, hidden
+from tests.passes.graphs import (
+    SMALL,
+    Attention,
+    ByPosition,
+    Captured,
+    Flattened,
+    Fused,
+    Mlp,
+    Residual,
+    captured,
+    hidden,
+)
 
 SELECTED, REUSED = PRUNE[:5], PRUNE[:7]
 PROBED = SMALL.replace(statistics="probe")
@@ -56,23 +67,11 @@ class Gated(Mlp):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Fused(Mlp):
+class FlattenedFused(Fused):
     """Gate and up are one linear, on [samples times tokens, hidden]."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 24, bias=False)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.up(x.reshape(-1, x.shape[-1])).chunk(2, -1)
-        return self.down(F.silu(gate) * up).view(x.shape)
-
-
-class ByPosition(Mlp):
-    """Something before the exit is the same for all samples, but not for all tokens."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.relu(self.up(x)) * torch.arange(x.shape[1]).unsqueeze(1))
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 # 4 samples of 6 tokens: of 24 rows, 3 are probed.
@@ -85,7 +84,7 @@ X = hidden(4, 6)
         (Mlp(), [3, 21, 21]),  # the exit runs on all rows, the probe's apart
         (Gated(), [3, 21, 21, 21]),
         (Flattened(), [3, 21, 21]),
-        (Fused(), [3, 21, 21]),
+        (FlattenedFused(), [3, 21, 21]),
         (Attention(), [21, 21, 21, 24]),
         (Attention(2), [21, 21, 21, 24]),  # keys and values of groups stay whole, but for the probe's rows
     ],

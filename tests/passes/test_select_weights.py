@@ -12,7 +12,7 @@ from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights, sort_topologically
-from tests.passes.graphs import SITE, Attention, Captured, Flattened, Mlp, Residual, captured, hidden, targets
+from tests.passes.graphs import SITE, Attention, Captured, Flattened, Fused, Mlp, Residual, captured, hidden, targets
 
 
 def narrowed(block: nn.Module) -> Captured:
@@ -70,9 +70,7 @@ class Biased(Attention):
         self.leading = leading
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = (
-            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
-        )
+        query, key, value = self.projected(x)
         bias = torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[1], -1)
         if self.leading is not None:
             by_head = bias * torch.arange(1, 5)[:, None, None]
@@ -88,18 +86,6 @@ def test_attention_keeps_the_biases_of_its_kept_heads(kv_heads: int, leading: in
     x = hidden(4, 6)
     expected = without_others(block, block.o, x, [2, 3, 4, 5])
     torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
-
-
-class Fused(Mlp):
-    """Gate and up in one projection, side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 24, bias=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
 
 def test_a_fused_projection_loses_the_rows_of_both_halves() -> None:

@@ -79,9 +79,7 @@ class Positional(Attention):
 
     def exit_input(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         x = x + self.q(x) * (places.to(x.dtype)[:, None] * torch.ones(HIDDEN))
-        query, key, value = (
-            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
-        )
+        query, key, value = self.projected(x)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
 
@@ -94,10 +92,7 @@ class Folded(Positional):
 
     def exit_input(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         samples, tokens, _ = x.shape
-        query, key, value = (
-            projection(x).view(samples, tokens, 4, 2).transpose(1, 2).reshape(samples * 4, tokens, 2)
-            for projection in (self.q, self.k, self.v)
-        )
+        query, key, value = (heads.reshape(samples * 4, tokens, 2) for heads in self.projected(x))
         later = (places[None, :] > places[:, None])[None]
         scores = (query @ key.transpose(1, 2) + places.to(x.dtype)[None, None, :]).masked_fill(later, -1e9)
         mixed = (scores.softmax(-1) @ value).view(samples, 4, tokens, 2)
@@ -186,9 +181,7 @@ class Remembering(Attention):
         self.keys, self.values = (nn.Parameter(torch.ones(1, 4, 5, 2)) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = (
-            projection(x).view(x.shape[0], x.shape[1], -1, 2).transpose(1, 2) for projection in (self.q, self.k, self.v)
-        )
+        query, key, value = self.projected(x)
         key = torch.cat([self.keys.expand(x.shape[0], -1, -1, -1), key], 2)
         value = torch.cat([self.values.expand(x.shape[0], -1, -1, -1), value], 2)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

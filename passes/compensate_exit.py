@@ -11,7 +11,8 @@ from ppgraph.errors import MethodError
 from ppgraph.methods import COMPENSATIONS, OBSERVATIONS, Compensation
 from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, shape_of
 from ppgraph.passes.find_sites import Block
-from ppgraph.passes.insert_score import moment_of
+from ppgraph.passes.insert_probe import Probe
+from ppgraph.passes.insert_score import checked_memory, moment_of
 from ppgraph.passes.operators import linear_weight
 
 aten = torch.ops.aten
@@ -48,9 +49,9 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
     block: Block = program.analysis[site.name]
     _, channels = program.shared["kept", site.name]
     whole = block.weight if block.weight_dim == 1 else build(aten.t.default, block.weight)
-    moments = OBSERVATIONS[program.config.observed].moments
+    moments = _moments(program, build, site)
     memory = {
-        name: moment_of(program, site, name) if name in moments else _centre_of(program, site, block, name)
+        name: moments[name] if name in moments else _centre_of(program, site, block, name)
         for name in compensation.needs
     }
     name = f"compensation {program.config.compensation!r}"
@@ -63,6 +64,29 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
         shown = [list(shape_of(part)) if isinstance(part, Node) else part for part in (weight, constant)]
         raise MethodError(f"{name} must give a weight {[width, kept]} and a constant {[width]} or None, found {shown}")
     return weight, constant
+
+
+def _moments(program: Program, build: Builder, site: Site) -> dict[str, Node]:
+    """The site's moments, after this batch's probe where that moves them."""
+    observation = OBSERVATIONS[program.config.observed]
+    moments = {name: moment_of(program, site, name) for name in observation.moments}
+    probe: Probe | None = program.shared.get(("probe", site.name))
+    if observation.probed is None or probe is None or not _is_prompt_by_rows(program, site, probe):
+        return moments
+    y = build(aten.to.dtype, build(aten.reshape.default, probe.y, [-1, site.width]), torch.float32)
+    real = None if probe.sampling.real is None else build(aten.reshape.default, probe.sampling.real, [-1])
+    name = f"observation {program.config.observed!r}"
+    found = build.inline(name, observation.probed, moments, y, real)
+    shapes = {moment: shape_of(node) for moment, node in moments.items()}
+    moved = checked_memory(name, found, shapes)
+    program.shared["moved", site.name] = moved
+    return moved
+
+
+def _is_prompt_by_rows(program: Program, site: Site, probe: Probe) -> bool:
+    """Whether the history moves, and the probe shows rows from all over a prompt: a step's would tell nothing."""
+    length = shape_of(program.analysis[site.name].stream)[1]
+    return program.config.moves_history and probe.sampling.tokens is None and length != 1
 
 
 def _replace_weight(build: Builder, block: Block, exit_linear: Node, weight: Node) -> None:

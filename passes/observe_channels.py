@@ -15,7 +15,7 @@ from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, 
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
 from ppgraph.passes.insert_score import checked_memory, history_of, moment_of
-from ppgraph.passes.update_history import aligned_channels, check_finite, cut_between_layers, total
+from ppgraph.passes.update_history import aligned_channels, check_finite, copy_where, cut_between_layers, total
 
 aten = torch.ops.aten
 
@@ -47,10 +47,10 @@ class ObserveChannels:
             cut_between_layers(program, sites, site)
             old = _memory(program, site)
             for key, new in observed[site.name].items():
-                _copy_where(build, whole, old[key], new)
+                copy_where(build, whole, old[key], new)
         padding = padding_of(program, build, stream)
         count = build.size(stream, 0) if padding is None else build.sum(padding.real, 0)
-        _copy_where(build, whole, seen, build.add(seen, count))
+        copy_where(build, whole, seen, build.add(seen, count))
         return PassResult(build.inserted)
 
 
@@ -75,7 +75,3 @@ def _memory(program: Program, site: Site) -> dict[str, Node]:
     observation = OBSERVATIONS[program.config.observed]
     tensors = {tensor: history_of(program, site, tensor) for tensor in observation.tensors}
     return tensors | {moment: moment_of(program, site, moment) for moment in observation.moments}
-
-
-def _copy_where(build: Builder, condition: Node, old: Node, new: Node) -> None:
-    build(aten.copy_.default, old, build.where(condition, new, old))

@@ -1,7 +1,8 @@
 """Update the history: an exponential moving average of full inference's squared channels, for each position.
 
 Only kept channels are updated, only at positions with a real token, and only when every number of the batch is finite:
-all updates stand at the end of the graph, behind one flag, so a bad batch leaves the whole history as it was.
+all updates stand at the end of the graph, behind one flag, so a bad batch leaves the whole history as it was. Moments
+that the probe's rows have moved are taken over there too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.fx import Node
 from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import padding_of
-from ppgraph.passes.insert_score import history_of, observed_in_batch
+from ppgraph.passes.insert_score import history_of, moment_of, observed_in_batch
 from ppgraph.passes.rows import RowPieces
 
 aten = torch.ops.aten
@@ -34,14 +35,14 @@ class UpdateHistory:
         sites = program.scored_sites
         if not sites:
             return PassResult()
-        moving = program.config.statistics == "fused" and program.config.history_momentum < 1
+        moving = program.config.moves_history
         observed: dict[str, dict[str, Node]] = {}
         totals: list[Node] = []
         places = _behind_layers(program, sites) if moving else {}
         for site in sites:
             place = places.get(site.name, program.shared["narrowed", site.name].next)
             here = Builder(program, place, self.name)
-            seen: list[Node] = [program.shared["statistics", site.name]]
+            seen: list[Node] = [program.shared["statistics", site.name], *_moved_moments(program, site).values()]
             if moving:
                 observed[site.name] = _observed(program, here, site)
                 seen += observed[site.name].values()
@@ -53,6 +54,8 @@ class UpdateHistory:
             cut_between_layers(program, sites, site)
             for tensor, shown in observed[site.name].items():
                 _move(program, build, site, history_of(program, site, tensor), shown, whole)
+            for moment, moved in _moved_moments(program, site).items():
+                copy_where(build, whole, moment_of(program, site, moment), moved)
         return PassResult(build.inserted)
 
 
@@ -131,6 +134,17 @@ def _observed(program: Program, build: Builder, site: Site) -> dict[str, Node]:
     values = program.shared["narrowed", site.name] if rows is None else rows.in_order(build)
     values, real = aligned_channels(program, build, block.stream, values)
     return observed_in_batch(program, build, values, real)
+
+
+def _moved_moments(program: Program, site: Site) -> dict[str, Node]:
+    """The site's moments after this batch, where its probe moves them."""
+    moved: dict[str, Node] = program.shared.get(("moved", site.name), {})
+    return moved
+
+
+def copy_where(build: Builder, condition: Node, old: Node, new: Node) -> None:
+    """Take over new contents of what the history holds, in place, if a condition [] is met."""
+    build(aten.copy_.default, old, build.where(condition, new, old))
 
 
 def _move(program: Program, build: Builder, site: Site, history: Node, observed: Node, whole: Node) -> None:

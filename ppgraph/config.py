@@ -162,6 +162,11 @@ class PruneConfig:
         """Whether anything reads what calibration observes: the score, the allocation or the compensation."""
         return self.statistics != "probe" or self.allocation != "uniform" or self.compensation != "none"
 
+    @property
+    def moves_history(self) -> bool:
+        """Whether batches change the history after calibration."""
+        return self.statistics == "fused" and self.history_momentum < 1
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values; `from_dict` takes them back."""
         return dataclasses.asdict(self) | {"blocks": list(self.blocks)}

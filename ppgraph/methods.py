@@ -73,11 +73,13 @@ class Observation:
     Attributes:
         tensors: Names of what is held, each [positions, C] fp32 from 0 on. Scores read the first.
         moments: What is held without positions, by name the columns of each: [C, columns] fp32 from 0 on, C columns
-            where None and never more. Only calibration changes them.
+            where None and never more. Calibration changes them, and `probed` if there is one.
         calibrate: (memory at the batch's positions {name: [S, C], moment: [C, columns]}, y [B, S, C], real [B, S] bool
             or None, seen [S]) -> the same after these samples. `seen` counts those observed before at each position.
         batch: (y, real) -> {name: [S, C]} without moments, what one batch shows on its own: the probe's state, and
             what full inference moves the history towards.
+        probed: (moments {moment: [C, columns]}, y [n, C], real [n] bool or None) -> the same after these rows, which a
+            probe took from all over a batch. Compensations of that batch read what it gives.
 
     y is fp32 with each sample's first real token at position 0. Where `real` is False it holds anything but NaN;
     None means that all tokens are real.
@@ -87,6 +89,7 @@ class Observation:
     calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory]
     batch: Callable[[Tensor, Tensor | None], Memory]
     moments: Mapping[str, int | None] = field(default_factory=dict)
+    probed: Callable[[Memory, Tensor, Tensor | None], Memory] | None = None
 
     def moment_shape(self, name: str, width: int) -> tuple[int, int]:
         """The shape of a moment of a site of `width` channels."""
@@ -187,6 +190,10 @@ DAMPING: Final = 0.01
 TINY: Final = 1e-12
 # Directions that observed="low-rank" holds of each site's channels.
 RANK: Final = 64
+# What it holds counts for no more than so many tokens beside those that a probe shows: text differs between batches.
+MEMORY: Final = 256
+# Keeps products of directions that hardly differ positive definite in fp32, whose rounding errors are 1e-4 at most.
+ROUNDING: Final = 1e-3
 # Of allocation="spare-heads": what heads lose, as a share of the ratio, and the largest share that channels lose.
 HEADS_SHARE: Final = 1 / 3
 MOST_CHANNELS: Final = 0.9
@@ -199,6 +206,7 @@ def register_observation(
     calibrate: Callable[[Memory, Tensor, Tensor | None, Tensor], Memory],
     batch: Callable[[Tensor, Tensor | None], Memory],
     moments: Mapping[str, int | None] = MappingProxyType({}),
+    probed: Callable[[Memory, Tensor, Tensor | None], Memory] | None = None,
 ) -> None:
     """Make `PruneConfig(observed=name)` possible; the arguments are those of `Observation`.
 
@@ -208,7 +216,7 @@ def register_observation(
     names = (*tensors, *moments)
     if not tensors or len(set(names)) != len(names) or any(":" in held for held in names):
         raise ConfigError(f"observation {name!r}: expected different names of tensors and moments, found {names}")
-    observation = Observation(tuple(tensors), calibrate, batch, dict(moments))
+    observation = Observation(tuple(tensors), calibrate, batch, dict(moments), probed)
     _register(name, observation, OBSERVATIONS, KNOWN_OBSERVATIONS)
 
 
@@ -441,23 +449,70 @@ def _least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor
 
 
 def _calibrate_low_rank(memory: Memory, y: Tensor, real: Tensor | None, seen: Tensor) -> Memory:
-    """The best factor of the sum M [C, C] of y·yT so far, M ~ factor·factorT + diag(rest), as far as one can carry on.
+    """The best factor of the mean M [C, C] of y·yT so far, M ~ factor·factorT + diag(rest), as far as one can carry on.
 
     A step of subspace iteration from the factor before and evenly spaced tokens of this batch.
     """
-    tokens, factor = _only_real(y, real).flatten(0, 1), memory["factor"]
-    rank, count = factor.shape[1], tokens.shape[0]
-    some = tokens[torch.arange(rank, device=tokens.device) * count // rank]
-    basis = torch.linalg.qr(torch.cat([factor, some.t()], 1)).Q
-    basis = torch.linalg.qr(factor @ (factor.t() @ basis) + tokens.t() @ (tokens @ basis)).Q
-    old, new = factor.t() @ basis, tokens @ basis
+    tokens, count = _only_real(y, real).flatten(0, 1), _token_count(y, real)
+    scaled, old, share = _weighed(memory, tokens, count, memory["tokens"][0])
+    rank, length = old.shape[1], tokens.shape[0]
+    some = tokens[torch.arange(rank, device=tokens.device) * length // rank]
+    basis = torch.linalg.qr(torch.cat([old, some.t()], 1)).Q
+    basis = torch.linalg.qr(_times(old, scaled, basis)).Q
+    first, second = old.t() @ basis, scaled @ basis
     # Values that are not finite are reported by what sees them; here they would have the solver fail first.
-    within = torch.nan_to_num(old.t() @ old + new.t() @ new, 0.0, 0.0, 0.0)
+    within = torch.nan_to_num(first.t() @ first + second.t() @ second, 0.0, 0.0, 0.0)
     energies, directions = torch.linalg.eigh(within)
     made = basis @ (directions[:, -rank:] * energies[-rank:].clamp(min=0).sqrt())
-    energy = memory["rest"].squeeze(1) + factor.square().sum(1) + tokens.square().sum(0)
+    return {**_calibrate_squares(memory, y, real, seen), **_low_rank(memory, scaled, share, count, made)}
+
+
+def _probe_low_rank(memory: Memory, y: Tensor, real: Tensor | None) -> Memory:
+    """The same factor moved by a probe's rows, within the directions that it has: M·X·(XT·M·X)^-1/2, X spanning them.
+
+    Nyström's approximation. Neither decompositions that GPUs wait for nor any pass over the other tokens: four
+    products with [C, rank].
+    """
+    tokens, count = _only_real(y.unsqueeze(0), None if real is None else real.unsqueeze(0))[0], _token_count(y, real)
+    scaled, old, share = _weighed(memory, tokens, count, memory["tokens"][0].clamp(max=MEMORY))
+    directions = _whitened(memory["factor"], memory["factor"])
+    made = _whitened(directions, _times(old, scaled, directions))
+    return _low_rank(memory, scaled, share, count, made)
+
+
+def _token_count(y: Tensor, real: Tensor | None) -> Tensor | int:
+    return y.shape[:-1].numel() if real is None else real.sum()
+
+
+def _weighed(memory: Memory, tokens: Tensor, count: Tensor | int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a mean over `before` tokens and these `count`: their part as rows [n, C], that of the factor, their share."""
+    share = count / (before + count).clamp(min=1)
+    one = (share / max(count, 1) if isinstance(count, int) else share / count.clamp(min=1)).sqrt()
+    return tokens * one, memory["factor"] * (1 - share).sqrt(), share
+
+
+def _times(factor: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """(factor·factorT + rowsT·rows)·x."""
+    return factor @ (factor.t() @ x) + rows.t() @ (rows @ x)
+
+
+def _whitened(x: Tensor, image: Tensor) -> Tensor:
+    """image·(xT·image)^-1/2 for an image M·x [C, rank] of a symmetric positive M, up to a rotation of its columns."""
+    product = x.t() @ image
+    scale = product.diagonal().clamp(min=TINY).rsqrt()
+    product = product * scale * scale.unsqueeze(1)
+    damped = product + torch.diag_embed(torch.full_like(scale, ROUNDING))
+    lower = torch.linalg.cholesky_ex(damped)[0]
+    solved: Tensor = torch.linalg.solve_triangular(lower, (image * scale).t(), upper=False)
+    return solved.t()
+
+
+def _low_rank(memory: Memory, rows: Tensor, share: Tensor, count: Tensor | int, made: Tensor) -> Memory:
+    """What is held once the factor is `made`: all energy that it lacks is the rest."""
+    energy = memory["rest"].squeeze(1) + memory["factor"].square().sum(1)
+    energy = energy * (1 - share) + rows.square().sum(0)
     rest = (energy - made.square().sum(1)).clamp(min=0)
-    return {**_calibrate_squares(memory, y, real, seen), "factor": made, "rest": rest.unsqueeze(1)}
+    return {"factor": made, "rest": rest.unsqueeze(1), "tokens": memory["tokens"] + count}
 
 
 def _low_rank_least_squares(weight: Tensor, kept: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
@@ -507,8 +562,9 @@ register_compensation("least-squares", _least_squares, needs=("moment",))
 register_observation(
     "low-rank",
     tensors=("mean-square",),
-    moments={"factor": RANK, "rest": 1},
+    moments={"factor": RANK, "rest": 1, "tokens": 1},
     calibrate=_calibrate_low_rank,
     batch=_batch_squares,
+    probed=_probe_low_rank,
 )
 register_compensation("low-rank", _low_rank_least_squares, needs=("factor", "rest"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,7 +33,7 @@ from ppgraph.errors import (
 from ppgraph.passes import Site
 from ppgraph.sensitivity import LOSS_TOKENS, expected_losses, samples_for_losses
 from tests.fuzzing import compensated
-from tests.reference import Reference, find_exit, masked, masked_dense_logits
+from tests.reference import Reference, find_exit, masked, masked_dense_logits, spread_rows
 from tests.test_exactness import FOUR, SIZES, batch, llama, relative
 from tests.test_generate import cached
 
@@ -246,27 +247,139 @@ def test_a_batch_that_is_not_finite_leaves_the_factor_as_it_was() -> None:
     assert all(torch.equal(history.moment(site, "factor"), factor) for site, factor in before.items())
 
 
+def no_moments(width: int) -> dict[str, Tensor]:
+    columns = methods.OBSERVATIONS["low-rank"].moments
+    return {name: torch.zeros(width, count) for name, count in columns.items()}
+
+
 def test_a_low_rank_factor_follows_all_that_calibration_saw() -> None:
     torch.manual_seed(0)
     width, batches = 200, 6
     mixing = torch.randn(width, width) * torch.arange(1.0, width + 1).pow(-0.8)
-    memory = {
-        "mean-square": torch.zeros(12, width),
-        "factor": torch.zeros(width, methods.RANK),
-        "rest": torch.zeros(width, 1),
-    }
+    memory = {"mean-square": torch.zeros(12, width), **no_moments(width)}
     tokens = []
     for number in range(batches):
-        y = torch.randn(8, 12, width) @ mixing.T
+        y = torch.randn(8 + number, 12, width) @ mixing.T
         y[:, 0, 7] += 1000  # the first token is an outlier everywhere
-        tokens.append(y.flatten(0, 1).double())
-        memory = dict(methods.OBSERVATIONS["low-rank"].calibrate(memory, y, None, torch.full((12,), 8.0 * number)))
-    moment = sum(y.T @ y for y in tokens)
+        real = torch.rand(y.shape[:2]) < 0.9
+        tokens.append(y[real].double())
+        seen = torch.full((12,), 8.0 * number)
+        memory = dict(methods.OBSERVATIONS["low-rank"].calibrate(memory, y, real, seen))
+    moment = sum(y.T @ y for y in tokens) / sum(map(len, tokens))
     factor, rest = memory["factor"].double(), memory["rest"].double()[:, 0]
+    assert memory["tokens"].unique().tolist() == [sum(map(len, tokens))]
     torch.testing.assert_close(factor.square().sum(1) + rest, moment.diagonal(), rtol=1e-3, atol=0.0)
     missed = torch.linalg.norm(moment - factor @ factor.T)
     least = torch.linalg.eigvalsh(moment)[: -methods.RANK].norm()
     assert missed < 1.2 * least
+
+
+@pytest.mark.parametrize("width", [200, 40])  # more and fewer channels than directions
+def test_a_probes_rows_move_the_factor_within_its_directions(width: int) -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(width, width) * torch.arange(1.0, width + 1).pow(-0.8)
+    observation = methods.OBSERVATIONS["low-rank"]
+    memory = {"mean-square": torch.zeros(12, width), **no_moments(width)}
+    y = torch.randn(40, 12, width) @ mixing.T
+    y[:, 0, 7] += 1000
+    before = dict(observation.calibrate(memory, y, None, torch.zeros(12)))
+    del before["mean-square"]
+    rows = torch.randn(150, width) @ torch.randn(width, width) + 3 * torch.randn(150, 20) @ mixing[:, :20].T
+    real = torch.rand(150) < 0.7
+    moved = observation.probed(before, rows, real)
+
+    held = before["factor"].double() @ before["factor"].double().T
+    shown, share = rows[real].double(), int(real.sum()) / (methods.MEMORY + int(real.sum()))
+    target = (1 - share) * held + share * shown.T @ shown / len(shown)
+    directions = torch.linalg.svd(before["factor"].double(), full_matrices=False)
+    basis = directions.U[:, 1e-4 * directions.S[0] < directions.S]
+    image = target @ basis
+    expected = image @ torch.linalg.solve(basis.T @ image, image.T)
+    factor, rest = moved["factor"].double(), moved["rest"].double()[:, 0]
+    assert relative(factor @ factor.T, expected) < 5e-3
+    energy = target.diagonal() + (1 - share) * before["rest"].double()[:, 0]
+    torch.testing.assert_close(rest, (energy - factor.square().sum(1)).clamp(min=0), rtol=1e-3, atol=1e-3)
+    assert moved["tokens"].unique().tolist() == [480 + int(real.sum())]
+
+    unmoved = observation.probed(before, rows, torch.zeros(150, dtype=torch.bool))
+    assert relative(unmoved["factor"] @ unmoved["factor"].T, before["factor"] @ before["factor"].T) < 5e-3
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_prompts_probe_moves_the_factors_of_mlps(padding: str) -> None:
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    history, inputs = pruned.ppgraph.history, batch(3, 12, padding)
+    before = moments_of(history)
+    pruned(**inputs)
+    after = moments_of(history)
+    selection, dense = pruned.ppgraph.selection(), pruned.ppgraph.dense_tokens()
+    seen: dict[str, Tensor] = {}
+    for name in selection:
+        find_exit(model, name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].detach()})
+        )
+    with torch.no_grad(), compensated(model, pruned, selection, dense), masked(model, selection, dense=dense):
+        model(**inputs)
+    real = inputs.get("attention_mask", torch.ones(3, 12)).bool()
+    rows = spread_rows(real, Fraction(1, 12))  # a third of the quarter that keeps all channels
+    for name in selection:
+        if name.endswith("self_attn"):
+            assert same_moments({name: after[name]}, {name: before[name]})
+            continue
+        y = seen[name][tuple(zip(*rows, strict=True))]
+        expected = methods.OBSERVATIONS["low-rank"].probed(before[name], y, None)
+        assert relative(second_moment(after[name]), second_moment(expected)) < 1e-4
+        assert relative(second_moment(before[name]), second_moment(expected)) > 1e-3
+        assert torch.equal(after[name]["tokens"], before[name]["tokens"] + len(rows))
+
+
+def test_where_the_history_is_frozen_and_in_steps_nothing_moves_the_factors() -> None:
+    low_rank = {"observed": "low-rank", "compensation": "low-rank", "probe_choice": "spread", "lowering": "eager"}
+    frozen = ppgraph.transform(llama(2), ratio=0.4, history_momentum=1.0, **low_rank, **SIZES)
+    ppgraph.calibrate(frozen, CALIBRATION[:1], progress=False)
+    before = moments_of(frozen.ppgraph.history)
+    frozen(**batch(3, 12))
+    assert same_moments(moments_of(frozen.ppgraph.history), before)
+
+    model = llama(2)
+    probing = ppgraph.transform(model, ratio=0.4, decode="probe", **low_rank, **SIZES)
+    ppgraph.calibrate(probing, CALIBRATION[:1], progress=False)
+    before = moments_of(probing.ppgraph.history)
+    cache = probing(**batch(3, 12), use_cache=True).past_key_values
+    prompted = moments_of(probing.ppgraph.history)
+    assert not same_moments(prompted, before)
+    probing(input_ids=torch.full((3, 1), 7), past_key_values=cache)
+    assert same_moments(moments_of(probing.ppgraph.history), prompted)
+
+
+def test_a_prompt_that_is_not_finite_leaves_the_factors_as_they_were() -> None:
+    model = llama(2)
+    pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
+    ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
+    before, inputs = moments_of(pruned.ppgraph.history), batch(3, 12)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[inputs["input_ids"][0, -1]] = float("inf")
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        pruned(**inputs)
+    assert same_moments(moments_of(pruned.ppgraph.history), before)
+
+
+Moments = dict[str, dict[str, Tensor]]
+
+
+def moments_of(history: Any) -> Moments:
+    names = methods.OBSERVATIONS["low-rank"].moments
+    return {site: {name: history.moment(site, name).clone() for name in names} for site in history}
+
+
+def same_moments(found: Moments, expected: Moments) -> bool:
+    return all(torch.equal(found[site][name], expected[site][name]) for site in expected for name in expected[site])
+
+
+def second_moment(moments: Mapping[str, Tensor]) -> Tensor:
+    return moments["factor"] @ moments["factor"].T + moments["rest"].squeeze(1).diag()
 
 
 def calibration_inputs(model: Any, name: str, batches: Sequence[Mapping[str, Tensor]] = CALIBRATION) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch
 torch.set_num_threads(1)
 # Capturing makes millions of objects: collecting garbage as often as Python does by default takes a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
+# pytest 9.2 adds its handlers to loggers that do not propagate, to torch's structured trace among them. While anything
+# handles that, torch and ppgraph write every graph out at every stage, which takes a fifth of the time.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

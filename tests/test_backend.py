@@ -37,8 +37,8 @@ def ids(samples: int = 3, length: int = 9) -> torch.Tensor:
     return torch.randint(3, 97, (samples, length))
 
 
-def require_pruned(dense: LlamaForCausalLM, compiled: object, batch: torch.Tensor) -> None:
-    logits = compiled(batch, use_cache=False).logits
+def require_pruned(dense: LlamaForCausalLM, compiled: object, batch: torch.Tensor, *, use_cache: bool = False) -> None:
+    logits = compiled(batch, use_cache=use_cache).logits
     selection = compiled.ppgraph.selection()
     assert selection
     torch.testing.assert_close(logits, masked_dense_logits(dense, selection, batch), rtol=1e-5, atol=1e-5)
@@ -186,15 +186,15 @@ def test_two_wrappers_of_one_model_each_keep_their_own_state() -> None:
         ppgraph.calibrate(wrapper, [ids()], progress=False)
     states = [wrapper.ppgraph for wrapper in wrappers]
     for wrapper, state, ratio in zip(wrappers, states, (0.2, 0.6), strict=True):
-        require_pruned(dense, wrapper, ids(4, 7))
+        require_pruned(dense, wrapper, ids(4, 7), use_cache=True)
         assert wrapper.ppgraph is state
         assert state.config.ratio == ratio
         assert float(state.history.seen[0]) == 3
     kept = [sum(len(channels) for channels in state.selection().values()) for state in states]
     assert kept[0] > kept[1]
     # A graph that is compiled later finds the state of its own wrapper.
-    output = wrappers[0](ids(), use_cache=True)
-    wrappers[1](ids(), use_cache=True)
+    output = wrappers[0](ids(4, 7), use_cache=True)
+    wrappers[1](ids(4, 7), use_cache=True)
     token = output.logits[:, -1:].argmax(-1)
     before = copy.deepcopy(cache_in(output))
     found = wrappers[0](token, **cached(cache_in(output))).logits

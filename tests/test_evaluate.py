@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,21 @@ CONFIGS = {
     "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **SIZES),
     "full-batch 0.4": ppgraph.PruneConfig(ratio=0.4, method="full-batch", **SIZES),
 }
+
+
+@pytest.fixture
+def transformed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """As `transform`, with the graphs of a config that was given before, and no history."""
+    twins: dict[ppgraph.PruneConfig, Any] = {}
+
+    def transform(model: Any, config: ppgraph.PruneConfig, **options: Any) -> Any:
+        if config not in twins:
+            twins[config] = ppgraph.transform(model, config, **options)
+        twins[config].ppgraph.history.reset()
+        return twins[config]
+
+    monkeypatch.setattr(evaluate, "transform", transform)
+    return transform
 
 
 def measured(
@@ -94,29 +109,27 @@ def test_causal_perplexity_of_the_dense_model_is_that_of_second_halves() -> None
 def test_causal_perplexity_chooses_from_first_halves_alone() -> None:
     model, ids = llama(2), windows(Letters(), [TEXT], 16)[:3]
     pruned = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
+    pruned(input_ids=ids[:, :8], use_cache=True)
+    selection = pruned.ppgraph.selection()
+    pruned.ppgraph.history.reset()
     found = perplexity(pruned, [ids], causal=True, progress=False)
-    alone = ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES)
-    alone(input_ids=ids[:, :8], use_cache=False)
-    selection = alone.ppgraph.selection()
     logits = masked_dense_logits(model, selection, ids)
     expected = functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
     assert math.log(found.value) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_comparison_measures_all_alike() -> None:
+def test_a_comparison_measures_all_alike(transformed: Callable[..., Any]) -> None:
     comparison = measured()
     dense, *rows = comparison.rows
     assert [row.name for row in comparison.rows] == ["dense", *CONFIGS]
     assert dense.found["flops"] == dense_flops(llama(2), windows(Letters(), [TEXT], 16)[:3])
-    twin = ppgraph.transform(llama(2), CONFIGS["pp 0.4"], lowering="eager")
-    twin(windows(Letters(), [TEXT], 16)[:3], use_cache=False)
-    assert dense.found["flops"] == twin.ppgraph.report().cost.flops.dense  # so that both count the same products
     for row, config in zip(rows, CONFIGS.values(), strict=True):
-        pruned = ppgraph.transform(llama(2), config, lowering="eager")
+        pruned = transformed(llama(2), config, lowering="eager")
         if config.needs_history:
             ppgraph.calibrate(pruned, [windows(Letters(), [OTHER], 16)[:3]], progress=False)
         batches = windows(Letters(), [TEXT], 16)[:6].split(3)
         assert row.found["perplexity"] == pytest.approx(perplexity(pruned, batches, progress=False).value)
+        assert dense.found["flops"] == pruned.ppgraph.report().cost.flops.dense  # so that both count the same products
         saved = row.saved(dense)
         lost = row.found["perplexity"] - dense.found["perplexity"]
         expected = lost / (100 * saved["flops_saved"]) if saved["flops_saved"] > 0 else math.nan  # nothing to divide by
@@ -125,7 +138,9 @@ def test_a_comparison_measures_all_alike() -> None:
     assert "length 16, batch 3" in str(comparison)
 
 
-def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_that_observe_the_same_are_calibrated_once(
+    transformed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = {
         "pp 0.4": ppgraph.PruneConfig(ratio=0.4, **SIZES),
         "pp 0.3": ppgraph.PruneConfig(ratio=0.3, **SIZES),
@@ -144,11 +159,14 @@ def test_configs_that_observe_the_same_are_calibrated_once(monkeypatch: pytest.M
     monkeypatch.setattr(evaluate, "calibrate", counted)
     together = measured(None, settings, configs)
     assert calibrated == ["pp 0.4", "mlp 0.4", "global 0.4", "global 0.3"]
+    calibrated.clear()
     for name, config in configs.items():
         alone = measured(None, settings, {name: config}).rows[1]
         assert next(row.found for row in together.rows if row.name == name) == alone.found
+    assert calibrated == list(configs)
 
 
+@pytest.mark.usefixtures("transformed")
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results.json"
     configs = {"probe": ppgraph.PruneConfig(ratio=0.4, statistics="probe", **SIZES)}

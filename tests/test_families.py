@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 import ppgraph
+from ppgraph import _torch
 from ppgraph.errors import NothingToPruneError
 from ppgraph.passes import Site
 from tests.reference import Reference, masked
@@ -212,15 +213,31 @@ def case(name: str, implementation: str) -> Any:
 CASES = [case(name, implementation) for name, family in FAMILIES.items() for implementation in family.implementations()]
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The rewritten graphs of prompts as text, as `TORCH_TRACE` is given them."""
+    texts: list[str] = []
+
+    def keep(name: str, text: Callable[[], str]) -> None:
+        if name == "ppgraph_prefill_update_history":
+            texts.append(text())
+
+    monkeypatch.setattr(_torch, "trace_artifact", keep)
+    return texts
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
 )
 @pytest.mark.parametrize(("name", "implementation"), CASES)
-def test_family_equals_its_masked_dense_model(name: str, implementation: str, pytestconfig: pytest.Config) -> None:
+def test_family_equals_its_masked_dense_model(
+    name: str, implementation: str, written: list[str], pytestconfig: pytest.Config
+) -> None:
     family = FAMILIES[name]
     dense = family.model(implementation)
     pruned = ppgraph.transform(dense, **PRUNING)
     check_logits(dense, pruned, batch("left"), use_cache=True)
+    assert "def forward" in written[0]
     check_sites(family, pruned.ppgraph.sites)
     if family.thorough or pytestconfig.getoption("--thorough"):
         check_generation(dense, pruned, batch("left"))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import ppgraph
-from ppgraph.inspect.explain import explain
+from ppgraph.inspect.explain import Explanation, explain
 from ppgraph.inspect.rates import Rates
 from tests.test_exactness import batch, llama
 
@@ -138,13 +138,14 @@ def test_a_report_before_the_first_batch() -> None:
 # explain
 
 
-def test_explain_predicts_what_the_report_then_shows() -> None:
-    model = llama(2, layers=3)
-    config = ppgraph.PruneConfig(ratio=0.4, **SIZES)
-    inputs = batch(**INPUTS)
-    told = explain(model, config, **inputs, use_cache=False)
-    pruned = ppgraph.transform(model, config, lowering="eager")
-    pruned(**inputs, use_cache=False)
+@pytest.fixture(scope="module")
+def told(pruned: LlamaForCausalLM) -> Explanation:
+    """What is told beforehand of the same model and batch."""
+    dense = llama(pruned.config.num_key_value_heads, layers=3)
+    return explain(dense, ppgraph.PruneConfig(ratio=0.4, **SIZES), **batch(**INPUTS), use_cache=False)
+
+
+def test_explain_predicts_what_the_report_then_shows(told: Explanation, pruned: LlamaForCausalLM) -> None:
     report = pruned.ppgraph.report().to_dict()
     found = json.loads(json.dumps(told.to_dict()))
     assert found["flops"] == report["flops"]
@@ -156,9 +157,8 @@ def test_explain_predicts_what_the_report_then_shows() -> None:
     assert max(map(len, str(told).splitlines())) <= 100
 
 
-def test_predictions_follow_from_the_rates() -> None:
+def test_predictions_follow_from_the_rates(told: Explanation) -> None:
     """A device so slow at copying that the gather takes as long as all of the dense products, in closed form."""
-    told = explain(llama(2, layers=3), ppgraph.PruneConfig(ratio=0.4, **SIZES), **batch(**INPUTS), use_cache=False)
     assert told.rates is not None
     work, gathered = told.flops, told.gathered_bytes
     slow = replace(told, rates=Rates(flops_per_second=1.0, bytes_per_second=2 * gathered / work.dense))
@@ -194,7 +194,7 @@ def test_a_batch_below_break_even_is_warned_of_once(
             model(**batch(samples, length), use_cache=False)
         return [record.getMessage() for record in caplog.records if record.name == "ppgraph"]
 
-    model = ppgraph.transform(llama(2, layers=3), **OPTIONS)
+    model = ppgraph.transform(llama(2, layers=2), **OPTIONS)
     assert warnings_of(Rates(1.0, float("inf")), (20, 24)) == []
     slow_at_copying = Rates(1.0, 1e-12)
     assert warnings_of(slow_at_copying, (20, 24), (3, 200)) == []  # no smaller batch than one that was looked at

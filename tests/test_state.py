@@ -375,10 +375,10 @@ def test_a_model_takes_up_where_another_left_off(tmp_path: Path) -> None:
     assert same(contents(second.ppgraph.history), contents(first.ppgraph.history))
 
 
-@pytest.mark.parametrize("change", [{"blocks": ("mlp",)}, {"skip_layers": 1}], ids=str)
-def test_a_config_with_other_sites_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_config_with_other_sites_is_refused(tmp_path: Path) -> None:
     model = llama(2, layers=2)
     ppgraph.transform(model, ratio=0.4, lowering="eager", **SIZES).ppgraph.history.save(tmp_path)
-    other = ppgraph.transform(model, ratio=0.4, lowering="eager", **(SIZES | change))
-    with pytest.raises(HistoryError, match="another model or config"):
-        other.ppgraph.history.load(tmp_path)
+    for change in ({"blocks": ("mlp",)}, {"skip_layers": 1}):
+        other = ppgraph.transform(model, ratio=0.4, lowering="eager", **(SIZES | change))
+        with pytest.raises(HistoryError, match="another model or config"):
+            other.ppgraph.history.load(tmp_path)

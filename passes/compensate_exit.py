@@ -75,10 +75,9 @@ def _moments(program: Program, build: Builder, site: Site) -> dict[str, Node]:
         return moments
     y = build(aten.to.dtype, build(aten.reshape.default, probe.y, [-1, site.width]), torch.float32)
     real = None if probe.sampling.real is None else build(aten.reshape.default, probe.sampling.real, [-1])
-    name = f"observation {program.config.observed!r}"
-    found = build.inline(name, observation.probed, moments, y, real)
-    shapes = {moment: shape_of(node) for moment, node in moments.items()}
-    moved = checked_memory(name, found, shapes)
+    name = program.config.observed
+    found = build.inline(f"observation {name!r}", observation.probed, moments, y, real)
+    moved = checked_memory(name, found, {moment: shape_of(node) for moment, node in moments.items()})
     program.shared["moved", site.name] = moved
     return moved
 

@@ -552,6 +552,22 @@ def test_a_bad_observation_says_what_is_wrong() -> None:
         ppgraph.calibrate(pruned, CALIBRATION[:1], progress=False)
 
 
+def test_what_a_probe_makes_of_moments_must_fit_them() -> None:
+    methods.register_observation(
+        "mine",
+        tensors=("a",),
+        moments={"m": 1},
+        calibrate=lambda memory, y, real, seen: {"a": y.mean(0), "m": memory["m"]},
+        batch=lambda y, real: {"a": y.mean(0)},
+        probed=lambda moments, y, real: {"m": y.sum(0)},
+    )
+    methods.register_compensation("mine", lambda weight, kept, memory: (weight[:, kept], None), needs=("m",))
+    config = {"observed": "mine", "compensation": "mine", "probe_choice": "spread", "blocks": ("mlp",), **SIZES}
+    pruned = ppgraph.transform(llama(2), ratio=0.4, lowering="eager", **config)
+    with pytest.raises(MethodError, match=r"observation 'mine' must give \{'m': \[128, 1\]\}, found \{'m': \[128\]\}"):
+        pruned(**batch(3, 12), use_cache=False)
+
+
 def test_a_bad_compensation_says_what_is_wrong() -> None:
     methods.register_compensation("mine", lambda weight, kept, memory: (weight[:, kept], weight.sum(0)))
     pruned = ppgraph.transform(llama(2), ratio=0.4, compensation="mine", blocks=("mlp",), lowering="eager", **SIZES)

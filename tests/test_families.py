@@ -354,6 +354,19 @@ def test_stateful_batches_equal_the_reference(dense: Any) -> None:
         torch.testing.assert_close(pruned.ppgraph.history[site][: len(history)], history, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_rows_of_one_sample_are_probed_where_a_block_spells_its_shapes_out(is_masked: bool) -> None:
+    """GPT-2 reshapes to [samples, tokens, channels] in its MLP, and a batch of one sample is a number there."""
+    dense = Family("gpt2").model("sdpa")
+    config = {"ratio": 0.4, "skip_layers": 0, "width_multiple": 8, "probe_choice": "spread", "dense_tokens": 0.5}
+    pruned, reference = ppgraph.transform(dense, lowering="eager", **config), Reference(dense, **config)
+    inputs = {name: tensor[1:2] for name, tensor in batch("left").items() if is_masked or name == "input_ids"}
+    logits, expected = pruned(**inputs, use_cache=False).logits, reference(**inputs)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    assert all(torch.equal(kept, expected.selection[site]) for site, kept in pruned.ppgraph.selection().items())
+    assert relative(logits[real], expected.logits[real]) < 1e-5
+
+
 # ---- a family that nobody listed -------------------------------------------------------------------
 
 

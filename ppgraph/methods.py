@@ -453,7 +453,8 @@ def _calibrate_low_rank(memory: Memory, y: Tensor, real: Tensor | None, seen: Te
 
     A step of subspace iteration from the factor before and evenly spaced tokens of this batch.
     """
-    tokens, count = _only_real(y, real).flatten(0, 1), _token_count(y, real)
+    tokens = _only_real(y, real).flatten(0, 1)
+    count = _token_count(tokens, real)
     scaled, old, share = _weighed(memory, tokens, count, memory["tokens"][0])
     rank, length = old.shape[1], tokens.shape[0]
     some = tokens[torch.arange(rank, device=tokens.device) * length // rank]
@@ -473,22 +474,24 @@ def _probe_low_rank(memory: Memory, y: Tensor, real: Tensor | None) -> Memory:
     Nyström's approximation. Neither decompositions that GPUs wait for nor any pass over the other tokens: four
     products with [C, rank].
     """
-    tokens, count = _only_real(y.unsqueeze(0), None if real is None else real.unsqueeze(0))[0], _token_count(y, real)
+    tokens = y if real is None else torch.where(real.unsqueeze(1), y, 0.0)
+    count = _token_count(tokens, real)
     scaled, old, share = _weighed(memory, tokens, count, memory["tokens"][0].clamp(max=MEMORY))
     directions = _whitened(memory["factor"], memory["factor"])
     made = _whitened(directions, _times(old, scaled, directions))
     return _low_rank(memory, scaled, share, count, made)
 
 
-def _token_count(y: Tensor, real: Tensor | None) -> Tensor | int:
-    return y.shape[:-1].numel() if real is None else real.sum()
+def _token_count(tokens: Tensor, real: Tensor | None) -> Tensor | int:
+    """How many of the rows [n, C] are real."""
+    return tokens.shape[0] if real is None else real.sum()
 
 
 def _weighed(memory: Memory, tokens: Tensor, count: Tensor | int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of a mean over `before` tokens and these `count`: their part as rows [n, C], that of the factor, their share."""
-    share = count / (before + count).clamp(min=1)
-    one = (share / max(count, 1) if isinstance(count, int) else share / count.clamp(min=1)).sqrt()
-    return tokens * one, memory["factor"] * (1 - share).sqrt(), share
+    total = (before + count).clamp(min=1)
+    share = count / total
+    return tokens * total.rsqrt(), memory["factor"] * (1 - share).sqrt(), share
 
 
 def _times(factor: Tensor, rows: Tensor, x: Tensor) -> Tensor:

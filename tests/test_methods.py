@@ -310,9 +310,12 @@ def test_a_prompts_probe_moves_the_factors_of_mlps(padding: str) -> None:
     model = llama(2)
     pruned = ppgraph.transform(model, ratio=0.4, method="spread", lowering="eager", **SIZES)
     ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    pruned(**batch(5, 20, padding))
+    graphs = len(pruned.ppgraph.graphs)
     history, inputs = pruned.ppgraph.history, batch(3, 12, padding)
     before = moments_of(history)
     pruned(**inputs)
+    assert len(pruned.ppgraph.graphs) == graphs, "one graph serves any number of probed rows"
     after = moments_of(history)
     selection, dense = pruned.ppgraph.selection(), pruned.ppgraph.dense_tokens()
     seen: dict[str, Tensor] = {}

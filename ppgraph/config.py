@@ -37,7 +37,7 @@ _PRESETS: Final[dict[str, dict[str, object]]] = {
     },
     "spread": {
         "probe_choice": "spread",
-        "dense_tokens": 0.3,
+        "dense_tokens": 0.25,
         "observed": "low-rank",
         "allocation": "spare-heads",
         "compensation": "low-rank",

@@ -13,7 +13,7 @@ from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, 
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe
 from ppgraph.passes.insert_score import checked_memory, moment_of
-from ppgraph.passes.operators import linear_weight
+from ppgraph.passes.operators import is_one, linear_weight
 
 aten = torch.ops.aten
 
@@ -21,7 +21,8 @@ aten = torch.ops.aten
 class CompensateExit:
     """Gives every pruned block's exit linear the configured compensation's weight [D, C'] and constant [D].
 
-    Leaves in `program.shared`, for each site, `("compensation", name)`: both, the constant None when there is none.
+    Leaves in `program.shared`, for each site, `("compensation", name)`: both, the constant None when there is none, and
+    `("moved", name)`: the moments that they are made of, where a prompt's probe has moved those that the history holds.
     """
 
     name = "compensate_exit"
@@ -49,11 +50,8 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
     block: Block = program.analysis[site.name]
     _, channels = program.shared["kept", site.name]
     whole = block.weight if block.weight_dim == 1 else build(aten.t.default, block.weight)
-    moments = _moments(program, build, site)
-    memory = {
-        name: moments[name] if name in moments else _centre_of(program, site, block, name)
-        for name in compensation.needs
-    }
+    moved = _moved(program, build, site)
+    memory = {name: moved.get(name) or _remembered(program, site, block, name) for name in compensation.needs}
     name = f"compensation {program.config.compensation!r}"
     found = build.inline(name, compensation.compensate, whole, channels, memory)
     weight, constant = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, found)
@@ -66,13 +64,13 @@ def _compensated(program: Program, build: Builder, site: Site, compensation: Com
     return weight, constant
 
 
-def _moments(program: Program, build: Builder, site: Site) -> dict[str, Node]:
-    """The site's moments, after this batch's probe where that moves them."""
+def _moved(program: Program, build: Builder, site: Site) -> dict[str, Node]:
+    """The site's moments after this batch's probe; none where it doesn't move them."""
     observation = OBSERVATIONS[program.config.observed]
-    moments = {name: moment_of(program, site, name) for name in observation.moments}
     probe: Probe | None = program.shared.get(("probe", site.name))
     if observation.probed is None or probe is None or not _is_prompt_by_rows(program, site, probe):
-        return moments
+        return {}
+    moments = {name: moment_of(program, site, name) for name in observation.moments}
     y = build(aten.to.dtype, build(aten.reshape.default, probe.y, [-1, site.width]), torch.float32)
     real = None if probe.sampling.real is None else build(aten.reshape.default, probe.sampling.real, [-1])
     name = program.config.observed
@@ -85,7 +83,7 @@ def _moments(program: Program, build: Builder, site: Site) -> dict[str, Node]:
 def _is_prompt_by_rows(program: Program, site: Site, probe: Probe) -> bool:
     """Whether the history moves, and the probe shows rows from all over a prompt: a step's would tell nothing."""
     length = shape_of(program.analysis[site.name].stream)[1]
-    return program.config.moves_history and probe.sampling.tokens is None and length != 1
+    return program.config.moves_history and probe.sampling.tokens is None and not is_one(length)
 
 
 def _replace_weight(build: Builder, block: Block, exit_linear: Node, weight: Node) -> None:
@@ -103,7 +101,12 @@ def _is_other(added: Node, user: Node) -> bool:
     return user is not added
 
 
-def _centre_of(program: Program, site: Site, block: Block, tensor: str) -> Node:
-    """A tensor of the history, averaged over all positions that calibration saw: [C] fp32, an input of the graph."""
+def _remembered(program: Program, site: Site, block: Block, name: str) -> Node:
+    """What the history holds of a site, an input of the graph: a moment, or a tensor's mean over positions, [C] fp32.
+
+    The positions are those that calibration saw.
+    """
+    if name in OBSERVATIONS[program.config.observed].moments:
+        return moment_of(program, site, name)
     value = block.stream.meta["val"].new_empty((site.width,), dtype=torch.float32)
-    return program.add_state_input(StateInput("centre", site.name, tensor=tensor), value)
+    return program.add_state_input(StateInput("centre", site.name, tensor=name), value)

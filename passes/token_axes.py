@@ -446,7 +446,7 @@ class Prober:
     def _count(self, node: Node, dim: int, tag: Tag) -> Any:
         """The size of a tagged dimension of the probe: an int, or the node that computes it."""
         samples, tokens = self.sampling.sample_count, self.sampling.token_count
-        if self.sampling.tokens is None and shape_of(self.plan.stream)[0] == 1:
+        if self.sampling.tokens is None and is_one(shape_of(self.plan.stream)[0]):
             samples, tokens = tokens, samples  # single rows of a single sample come as its tokens
         if tag.counts == "row":
             return self.build(operator.mul, samples, tokens)

@@ -6,6 +6,7 @@ compiled, so a method that works on one family works on all of them, symbolic ba
 **Observation** (`PruneConfig.observed`, `register_observation`): what is remembered of the channels that enter a site's
 exit linear. It names the tensors that a site's history holds, each [positions, C] fp32, and says how a calibration
 batch changes them and what a batch of full inference shows (which the history then moves towards, by its momentum).
+Beside tensors it may hold moments, which have no positions; a prompt's probe may move them before the exits use them.
 The *first* tensor is g, what scores read; the others may serve compensations.
 
 **Score** (`PruneConfig.score`, `register_score`): how much a unit matters. From f [C] (the observation summed over
@@ -192,7 +193,7 @@ TINY: Final = 1e-12
 RANK: Final = 64
 # What it holds counts for no more than so many tokens beside those that a probe shows: text differs between batches.
 MEMORY: Final = 256
-# Keeps products of directions that hardly differ positive definite in fp32, whose rounding errors are 1e-4 at most.
+# Keeps products of directions that hardly differ positive definite: more than what fp32 rounds off of RANK x RANK.
 ROUNDING: Final = 1e-3
 # Of allocation="spare-heads": what heads lose, as a share of the ratio, and the largest share that channels lose.
 HEADS_SHARE: Final = 1 / 3
@@ -293,7 +294,7 @@ def _count(y: Tensor, real: Tensor | None) -> Tensor | int:
 
 
 def _only_real(values: Tensor, real: Tensor | None) -> Tensor:
-    return values if real is None else torch.where(real.unsqueeze(2), values, 0.0)
+    return values if real is None else torch.where(real.unsqueeze(-1), values, 0.0)
 
 
 def _mean(values: Tensor, real: Tensor | None) -> Tensor:
@@ -474,7 +475,7 @@ def _probe_low_rank(memory: Memory, y: Tensor, real: Tensor | None) -> Memory:
     Nyström's approximation. Neither decompositions that GPUs wait for nor any pass over the other tokens: four
     products with [C, rank].
     """
-    tokens = y if real is None else torch.where(real.unsqueeze(1), y, 0.0)
+    tokens = _only_real(y, real)
     count = _token_count(tokens, real)
     scaled, old, share = _weighed(memory, tokens, count, memory["tokens"][0].clamp(max=MEMORY))
     directions = _whitened(memory["factor"], memory["factor"])

@@ -21,7 +21,7 @@ from ppgraph.passes.insert_probe import Probe, padding_of, single_rows
 from ppgraph.passes.operators import linear_activations, weight_operand
 from ppgraph.passes.rows import OtherRows, replace_exit, rows_last
 from ppgraph.passes.select_weights import sort_topologically
-from ppgraph.passes.token_axes import Prober, Sampling
+from ppgraph.passes.token_axes import SAMPLE, TOKEN, Prober, Sampling, gather
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ def _split(program: Program, build: Builder, site: Site) -> None:
     probed = build(aten.reshape.default, probe.y, [-1, site.width])
     probed_result = dense(probed)
     narrow_result = build.copy(exit_linear, {narrowed: build.select(probed, 1, channels)})
-    sampling = _worst(program, build, block, probe.sampling, (probed_result, narrow_result))
+    sampling = _worst(program, build, block, probe, (probed_result, narrow_result))
     y = build(aten.reshape.default, Prober(block.probe, build, sampling, {}).run(), [-1, site.width])
     rows = build(aten.cat.default, [probe.sampling.rows, sampling.rows])
     count = build(operator.add, probe.sampling.sample_count, sampling.sample_count)
@@ -122,25 +122,28 @@ def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node,
     return {selected: block.weight if block.weight_dim == dim else build(aten.t.default, block.weight)}
 
 
-def _worst(program: Program, build: Builder, block: Block, sampling: Sampling, results: tuple[Node, Node]) -> Sampling:
+def _by_row(build: Builder, node: Node) -> Node:
+    """[..., channels] -> [rows, channels]."""
+    return build(aten.reshape.default, node, [-1, shape_of(node)[-1]])  # type: ignore[no-any-return]
+
+
+def _worst(program: Program, build: Builder, block: Block, probe: Probe, results: tuple[Node, Node]) -> Sampling:
     """The rows beside the probe's that are predicted to be worst off."""
-    stream = block.stream
+    stream, sampling = block.stream, probe.sampling
     samples, length = build.size(stream, 0), build.size(stream, 1)
     total = build(operator.mul, samples, length)
     wanted = build.share_of(total, program.config.dense_tokens)
     count = build(operator.sub, wanted, sampling.sample_count)
-    hidden = shape_of(stream)[-1]
     entry = next(iter(block.narrowing.entries))
-    inputs = linear_activations(entry)
-    inputs = build(aten.reshape.default, inputs, [-1, shape_of(inputs)[-1]])
-    residual = build.select(build(aten.reshape.default, stream, [-1, hidden]), 0, sampling.rows)
+    inputs = _by_row(build, linear_activations(entry))
+    residual = _by_row(build, gather(build, stream, ((0, SAMPLE), (1, TOKEN)), sampling, length))
     whole, narrow = results
     wrong = build(aten.to.dtype, build.sub(whole, narrow), torch.float32)
     wrong = build(aten.linalg_vector_norm.default, wrong, 2, [-1])
     norms = build(aten.linalg_vector_norm.default, build(aten.to.dtype, residual, torch.float32), 2, [-1])
     errors = build(aten.div.Tensor, wrong, build(aten.add.Scalar, norms, TINY))
     real = None if sampling.real is None else build(aten.reshape.default, sampling.real, [-1])
-    probed = build.select(inputs, 0, sampling.rows)
+    probed = _by_row(build, linear_activations(probe.linears[entry]))
     predicted = build.inline("dense tokens", predicted_errors, probed, errors, real, inputs)
     padding = padding_of(program, build, stream)
     if padding is not None:

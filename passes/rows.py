@@ -20,11 +20,12 @@ aten = torch.ops.aten
 class RowOrder:
     """The batch's rows, some of them behind all others.
 
-    `others`: which the others are, ascending; None where there are none. `slots` [B·S]: where each
-    row lies. `samples`, `tokens`: the batch's sizes B and S.
+    `others`: which the others are, ascending; None where there are none. `places`: their samples and tokens. `slots`
+    [B·S]: where each row lies. `samples`, `tokens`: the batch's sizes B and S.
     """
 
     others: Node | None
+    places: list[Node]
     slots: Node
     samples: Any
     tokens: Any
@@ -42,12 +43,13 @@ def rows_last(build: Builder, stream: Node, rows: Node, probed_count: Any, *, ar
     before = build.sub(build(aten.cumsum.default, build(aten.rsub.Scalar, probed, 1), 0), 1)
     last = build.add(build(aten.arange.default, probed_count, device=device), other_count)
     slots = build(aten.index_copy.default, before, 0, rows, last)
-    others = None
+    others, places = None, []
     if not (are_all or other_count == 0):
         inverse = build(aten.index_copy.default, none, 0, slots, every)
         pieces = build(aten.split_with_sizes.default, inverse, [other_count, probed_count])
         others = build(operator.getitem, pieces, 0)
-    return RowOrder(others, slots, samples, tokens)
+        places = [build(aten.floor_divide.default, others, tokens), build(aten.remainder.Scalar, others, tokens)]
+    return RowOrder(others, places, slots, samples, tokens)
 
 
 @dataclass(frozen=True)
@@ -203,10 +205,11 @@ class OtherRows(RowWalk):
         return self.emitted[node]
 
     def _gathered(self, node: Node) -> Node:
+        if self._leading(node) == 2:
+            # Flattened, Inductor would divide each element's place by sizes that it does not know to be the same.
+            return self.build(aten.index.Tensor, node, self.order.places)  # type: ignore[no-any-return]
         assert self.order.others is not None
-        channels = shape_of(node)[self._leading(node) :]
-        flat = self.build(aten.reshape.default, node, [-1, *channels])
-        return self.build.select(flat, 0, self.order.others)
+        return self.build.select(node, 0, self.order.others)
 
     def _again(self, node: Node) -> Node:
         rows = {operand: self._emit(operand) for operand in self._operands(node)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import operator
 import textwrap
 from collections import Counter
@@ -22,8 +23,8 @@ from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.passes.base import Program, signature
-from ppgraph.passes.operators import argument
+from ppgraph.passes.base import Builder, Program, shape_of, signature
+from ppgraph.passes.operators import argument, is_fused_attention
 
 log = logging.getLogger("ppgraph")
 
@@ -39,6 +40,7 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
         LoweringError: Inductor failed.
     """
     _gather_columns(program)
+    _add_masks(program)
     if not program.cuts:
         return _compiled([program.module], options)[0]
     whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)
@@ -78,11 +80,30 @@ def _(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_columns(program: Program) -> None:
-    """Have weights on CPUs lose columns by `columns`."""
+    """Have weights and histories on CPUs lose columns by `columns`; what a kernel makes is better gathered in it."""
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.index_select.default):
-        weight, dim, index = node.args
-        if weight in program.parameters and (dim, weight.meta["val"].dim()) == (1, 2) and not _off_the_cpu(weight):
-            node.target, node.args = torch.ops.ppgraph.columns.default, (weight, index)
+        matrix, dim, index = node.args
+        held = matrix.op == "placeholder" and not _off_the_cpu(matrix)
+        if held and (dim, len(shape_of(matrix))) == (1, 2):
+            node.target, node.args = torch.ops.ppgraph.columns.default, (matrix, index)
+
+
+def _add_masks(program: Program) -> None:
+    """Have attention on CPUs take masks that are added to its scores, as its kernel does.
+
+    Torch makes them of boolean ones where they are read: made in each layer alike, they were made as often.
+    """
+    added: dict[tuple[Node, torch.dtype], Node] = {}
+    for node in [*program.graph.nodes]:
+        mask = argument(node, 3, "attn_mask") if is_fused_attention(node) else None
+        if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and not _off_the_cpu(mask):
+            key = mask, node.meta["val"].dtype
+            if key not in added:
+                build = Builder(program, mask.next, "lowering")
+                nothing = build(torch.ops.aten.zeros_like.default, mask, dtype=key[1])
+                hidden = build(torch.ops.aten.logical_not.default, mask)
+                added[key] = build(torch.ops.aten.masked_fill.Scalar, nothing, hidden, -math.inf)
+            node.replace_input_with(mask, added[key])
 
 
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:

@@ -16,6 +16,7 @@ from ppgraph import _torch
 from ppgraph.errors import LoweringError
 from ppgraph.lowering import columns, structure, written_inputs
 from ppgraph.passes.base import Program
+from ppgraph.passes.operators import is_fused_attention
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
 from tests.test_generate import OPTIONS, cached, model, prompts
@@ -53,16 +54,33 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_columns_of_a_weight_on_a_cpu_are_gathered(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
+def test_columns_of_weights_and_histories_on_a_cpu_are_gathered(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
     pruned = ppgraph.transform(model(4).to(dtype), **{**OPTIONS, "lowering": "inductor"})
     pruned(**prompts(3, 11, padded=False), use_cache=False)
     called = [node for part in compiled for node in part.graph.nodes if node.op == "call_function"]
-    assert sum(node.target is torch.ops.ppgraph.columns.default for node in called) == len(pruned.ppgraph.sites)
+    gathered = [node.args[0].meta["val"] for node in called if node.target is torch.ops.ppgraph.columns.default]
+    # Each site's exit weight, and its history [S, C].
+    known = [all(isinstance(size, int) for size in matrix.shape) for matrix in gathered]
+    sites = len(pruned.ppgraph.sites)
+    assert known == [True] * sites + [False] * sites
     matrix = torch.randn(5, 7).to(dtype)
     for given in (matrix, matrix.t().contiguous().t()):
         index = torch.tensor([1, 4, 6])
         torch.testing.assert_close(columns(given, index), given[:, index], rtol=0, atol=0)
         torch.library.opcheck(columns, (given, index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_made_ready_for_attention_once_for_all_layers(
+    dtype: torch.dtype, compiled: list[GraphModule]
+) -> None:
+    pruned = ppgraph.transform(model(4, 3).to(dtype), **{**OPTIONS, "lowering": "inductor"})
+    pruned(**prompts(3, 11, padded=True), use_cache=False)
+    reading = [node for part in compiled for node in part.graph.nodes if is_fused_attention(node)]
+    assert len(reading) == 2  # a layer's probe and its full inference
+    assert {node.args[3].meta["val"].dtype for node in reading} == {dtype}
+    _, full = sorted(reading, key=lambda node: len(node.args[3].all_input_nodes), reverse=True)
+    assert full.args[3].op == "placeholder"
 
 
 def test_inputs_that_a_graph_writes_to_are_told_through_views_too() -> None:

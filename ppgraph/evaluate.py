@@ -17,10 +17,8 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +35,10 @@ from ppgraph import _torch
 from ppgraph.calibrate import calibrate
 from ppgraph.config import PruneConfig
 from ppgraph.errors import InputError
+from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing, alternate
 from ppgraph.runtime import Call, cache_of
 from ppgraph.transform import Pruning, transform
 from ppgraph.zero_shot import zero_shot
-
-WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,8 @@ def dense_flops(model: nn.Module, batch: Tensor) -> int:
 class Row:
     """What was found of one model: the dense one (`config` is None) or a pruned one.
 
-    `found` holds perplexity, causal_perplexity, flops, probe_flops, time_ms, dense_time_ms and tasks, as measured.
+    `found` holds perplexity, causal_perplexity, flops, probe_flops and tasks, as measured, and of a batch time_ms and
+    dense_time_ms (medians), time_spread_ms and dense_time_spread_ms (interquartile ranges).
     """
 
     name: str
@@ -322,6 +320,13 @@ def compare(
                         tqdm.write(f"{row.name}: {key}", file=sys.stderr)
                     row.found |= measure()
                     _write(output, comparison)
+        untimed = [row for row in comparison.rows[1:] if "time_ms" not in row.found]
+        if settings.repeats and untimed:
+            dense, *times = bench.times([configs[row.name] for row in untimed], Path(folder))
+            for row, timing in zip(untimed, times, strict=True):
+                row.found |= {"time_ms": timing.median_ms, "time_spread_ms": timing.spread_ms}
+                row.found |= {"dense_time_ms": dense.median_ms, "dense_time_spread_ms": dense.spread_ms}
+            _write(output, comparison)
     return comparison
 
 
@@ -348,19 +353,23 @@ class _Bench:
 
         @functools.cache
         def made() -> Any:
-            return transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
+            return self._twin(config)
 
         def afresh() -> Any:
-            twin = made()
-            if config.needs_history and self.calibration:
-                twin.ppgraph.history.load(self._calibrated(twin, folder))
-            return twin
+            return self._afresh(made(), folder)
 
         measured = self._quality(afresh)
         measured["flops"] = lambda: self._flops(afresh())
-        if self.settings.repeats:
-            measured["time_ms"] = lambda: self._times(afresh())
         return measured
+
+    def _twin(self, config: PruneConfig) -> Any:
+        return transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
+
+    def _afresh(self, twin: Any, folder: Path) -> Any:
+        """A twin with the history that calibration left."""
+        if twin.ppgraph.config.needs_history and self.calibration:
+            twin.ppgraph.history.load(self._calibrated(twin, folder))
+        return twin
 
     def _calibrated(self, twin: Any, folder: Path) -> Path:
         """Where the history of a calibrated twin lies. Calibration is dense: configs that observe the same share it.
@@ -395,30 +404,16 @@ class _Bench:
         cost = twin.ppgraph.report().cost.flops
         return {"flops": cost.probe + cost.pruned, "probe_flops": cost.probe}
 
-    def _times(self, twin: nn.Module) -> dict[str, Any]:
-        """Median milliseconds of a batch, both compiled, in turns."""
-        dense = torch.compile(self.model)
+    def times(self, configs: Sequence[PruneConfig], folder: Path) -> list[Timing]:
+        """Times of a batch, of the compiled dense model first and of a pruned twin for each config; all in turns."""
+        twins = [self._afresh(self._twin(config), folder) for config in configs]
         ids = self.batches[0].to(next(self.model.parameters()).device)
-        times: dict[str, list[float]] = {"dense_time_ms": [], "time_ms": []}
-        for number in tqdm(range(WARM_UP + self.settings.repeats), desc="timing", disable=not self.progress):
-            for key, timed in (("dense_time_ms", dense), ("time_ms", twin)):
-                taken = _timed_ms(lambda timed=timed: timed(input_ids=ids, use_cache=False))  # type: ignore[misc]
-                if number >= WARM_UP:
-                    times[key].append(taken)
-        return {key: statistics.median(values) for key, values in times.items()}
-
-
-def _timed_ms(call: Callable[[], object]) -> float:
-    def synchronise() -> None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-
-    synchronise()
-    start = time.perf_counter()
-    with torch.no_grad():
-        call()
-    synchronise()
-    return 1000 * (time.perf_counter() - start)
+        models = enumerate([torch.compile(self.model), *twins])
+        calls = {str(place): functools.partial(model, input_ids=ids, use_cache=False) for place, model in models}
+        with torch.no_grad():
+            alternate(calls, tqdm(range(WARM_UP_ROUNDS), desc="warming up", disable=not self.progress))
+            timings = alternate(calls, tqdm(range(self.settings.repeats), desc="timing", disable=not self.progress))
+        return list(timings.values())
 
 
 def _known_rows(output: Path | None, settings: Mapping[str, Any], configs: Mapping[str, PruneConfig]) -> list[Row]:
@@ -447,7 +442,9 @@ _FOUND = (
     "flops",
     "probe_flops",
     "time_ms",
+    "time_spread_ms",
     "dense_time_ms",
+    "dense_time_spread_ms",
     "tasks",
 )
 

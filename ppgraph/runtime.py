@@ -615,4 +615,8 @@ def _size_from_inputs(program: Program, size: Any) -> Callable[[Sequence[Any]], 
         for dim, other in enumerate(shape_of(node)):
             if isinstance(other, torch.SymInt) and same_size(other, size):
                 return lambda inputs, index=index, dim=dim: int(inputs[index].shape[dim])  # type: ignore[misc]
-    raise UnsupportedModelError(f"the batch's size {size} is no size of any input of the model")
+    raise UnsupportedModelError(
+        f"expected how many samples and tokens there are to be sizes of the model's inputs, found {size}, which only "
+        "running tells. A model that counts the tokens that it has seen in a static cache may need "
+        "attn_implementation='sdpa', or a dynamic cache"
+    )

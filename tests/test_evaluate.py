@@ -21,6 +21,7 @@ from ppgraph import evaluate
 from ppgraph.commands import evaluate as command
 from ppgraph.errors import InputError
 from ppgraph.evaluate import Settings, compare, dense_flops, perplexity, windows
+from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing
 from ppgraph.zero_shot import read_task, real_tokens, task_config, zero_shot
 from tests.reference import masked_dense_logits
 from tests.test_exactness import SIZES, llama
@@ -192,6 +193,34 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert again == json.loads(output.read_text())
     for row, known in zip(again["rows"], interrupted["rows"], strict=True):
         assert row["perplexity"] == known["perplexity"]
+
+
+def test_dense_and_all_methods_are_timed_in_turns_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "results.json"
+    settings = Settings(16, 3, 2, calibration_batches=1, causal=False, repeats=3, lowering="inductor")
+    rounds = []
+
+    def uncompiled(model: Any, config: ppgraph.PruneConfig, **options: Any) -> Any:
+        return ppgraph.transform(model, config, lowering="eager")
+
+    def alternate(calls: Mapping[str, Callable[[], Any]], numbers: Any) -> dict[str, Timing]:
+        known = [row.keys() for row in json.loads(output.read_text())["rows"]]
+        assert all({"perplexity", "flops"} <= row and "time_ms" not in row for row in known)
+        _, *twins = calls.values()
+        shapes = [call().logits.shape for call in twins]
+        rounds.append((shapes, len(list(numbers))))
+        return {name: Timing((place, 10.0 + place, 30.0)) for place, name in enumerate(calls)}
+
+    monkeypatch.setattr(evaluate, "transform", uncompiled)
+    monkeypatch.setattr(evaluate, "alternate", alternate)
+    rows = measured(output, settings).to_dict()["rows"]
+    assert rounds == [([(3, 16, 97)] * 2, WARM_UP_ROUNDS), ([(3, 16, 97)] * 2, 3)]
+    assert [row.get("time_ms") for row in rows] == [None, 11.0, 12.0]
+    assert [row["dense_time_ms"] for row in rows[1:]] == [10.0] * 2
+    assert [row["time_spread_ms"] for row in rows[1:]] == [14.5, 14.0]
+    assert rows[1]["time_saved"] == pytest.approx(1 - 11 / 10)
+    assert measured(output, settings).to_dict()["rows"] == rows == json.loads(output.read_text())["rows"]
+    assert len(rounds) == 2
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_columns_of_weights_and_histories_on_a_cpu_are_gathered(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
+def test_weights_and_histories_on_a_cpu_lose_columns_by_gather(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
     pruned = ppgraph.transform(model(4).to(dtype), **{**OPTIONS, "lowering": "inductor"})
     pruned(**prompts(3, 11, padded=False), use_cache=False)
     called = [node for part in compiled for node in part.graph.nodes if node.op == "call_function"]

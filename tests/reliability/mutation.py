@@ -24,7 +24,7 @@ from typing import Any
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
-from tests.reliability import record
+from tests.reliability import likely_first, record
 
 TESTS = ("tests/passes", "tests/test_exactness.py")
 CONFIG = """\
@@ -32,7 +32,7 @@ CONFIG = """\
 module-path = "passes"
 timeout = {timeout}
 excluded-modules = []
-test-command = "env PYTHONPATH={copy} {python} -m pytest -q -x -p no:cacheprovider {tests}"
+test-command = "env PYTHONPATH={copy} {original}={root} {python} -m pytest -qx -p no:cacheprovider -p {plugin} {tests}"
 
 [cosmic-ray.distributor]
 name = "local"
@@ -83,7 +83,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     copy, config, session = copied(options.folder), options.folder / "config.toml", options.folder / "session.sqlite"
     settings = {"timeout": options.timeout, "copy": copy, "python": sys.executable, "tests": " ".join(options.tests)}
-    config.write_text(CONFIG.format(**settings))
+    first = {"original": likely_first.ORIGINAL, "root": record.ROOT, "plugin": likely_first.__name__}
+    config.write_text(CONFIG.format(**settings, **first))
     program, start = [sys.executable, "-m", "cosmic_ray.cli"], time.monotonic()
     # Tests that fail without a mutation would kill every one.
     subprocess.run([*program, "baseline", str(config)], cwd=copy, check=True)

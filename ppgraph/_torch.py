@@ -195,14 +195,56 @@ def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
 
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
-    values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = module.graph.find_nodes(op="placeholder")
+    values = [_by_its_symbol(node.meta["val"]) for node in inputs]
+    hidden = _hidden_sizes(values)
+    hints = [hint(value) if isinstance(value, torch.SymInt) else value for value in values]
+    for symbol, read in hidden.items():
+        with module.graph.inserting_after(module.graph.find_nodes(op="placeholder")[-1]):
+            number = module.graph.placeholder(str(symbol))
+        env = next(value for value in values if isinstance(value, torch.SymInt)).node.shape_env
+        number.meta["val"] = env.create_symintnode(symbol, hint=read(hints))
+        values.append(number.meta["val"])
+    module.recompile()
     patches = dict(options)
     if not _symbols_are_inputs(values):
         patches["fx_graph_cache"] = False
     with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
         compiled = compile_fx(module, values, config_patches=patches)
     assert callable(compiled)
-    return compiled
+    if not hidden:
+        return compiled
+    return lambda *given: compiled(*given, *(read(given) for read in hidden.values()))
+
+
+Read = Callable[[Sequence[Any]], int]
+
+
+def _hidden_sizes(values: Sequence[Any]) -> dict[sympy.Symbol, Read]:
+    """Symbols that a graph's numbers are made of though no number is one, each with how to read it off the inputs.
+
+    Inductor knows a symbol by the input that is it: of a number that comes in as `s + 1` alone it never finds `s`.
+    """
+    numbers = {
+        place: value.node.expr
+        for place, value in enumerate(values)
+        if isinstance(value, torch.SymInt) and hint(value) is not None
+    }
+    known = {number: place for place, number in numbers.items() if number.is_Symbol}
+    found: dict[sympy.Symbol, Read] = {}
+    for place, number in numbers.items():
+        for symbol in number.free_symbols - known.keys() - found.keys():
+            rest = number.xreplace({symbol: sympy.Integer(0)})
+            if number - rest in (symbol, -symbol) and rest.free_symbols <= known.keys():
+                others = sorted(rest.free_symbols, key=str)
+                sign = 1 if number - rest == symbol else -1
+                found[symbol] = _solved(place, sign, sympy.lambdify(others, rest), [known[other] for other in others])
+    return found
+
+
+def _solved(place: int, sign: int, rest: Callable[..., int], others: Sequence[int]) -> Read:
+    """Of the number `sign * symbol + rest` at a place, and the places of what its rest is made of: the symbol."""
+    return lambda given: sign * (int(given[place]) - int(rest(*(given[other] for other in others))))
 
 
 def _symbols_are_inputs(values: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -331,6 +332,32 @@ def test_a_graph_whose_size_is_made_of_one_that_is_no_input_compiles_again() -> 
     for compiled in lowered:
         assert torch.equal(compiled(3, 8, torch.ones(3))[0], torch.full((3,), 4.0))
     assert len(lowered) == 2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_graph_takes_a_number_that_is_made_of_one_that_is_no_input(sign: int) -> None:
+    """Inductor would write code that reads a size which nothing has: a NameError once the code runs."""
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        number = next(value for value in fakes if isinstance(value, torch.SymInt))
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            part = Graph()
+            given, x = map(part.placeholder, ("given", "x"))
+            given.meta["val"] = 3 + sign * number
+            x.meta["val"] = next(value for value in fakes if isinstance(value, torch.Tensor)).new_empty(1)
+            less = part.call_function(operator.sub, (given, 3))
+            size = part.call_function(operator.mul, (less, sign))
+            counted = part.call_function(torch.ops.aten.arange.default, (size,))
+            part.output((part.call_function(torch.ops.aten.add.Tensor, (counted, x)),))
+            lowered.append(_torch.lower_with_inductor(GraphModule(nn.Module(), part), {}))
+        return graph
+
+    lowered: list[Any] = []
+    torch._dynamo.reset()
+    torch.compile(lambda x, more: x * more, backend=backend, dynamic=True)(torch.ones(3), 5)
+    for number in (5, 7):
+        assert lowered[0](3 + sign * number, torch.ones(1))[0].tolist() == [*range(1, number + 1)]
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

@@ -13,6 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -198,12 +199,13 @@ def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Call
     inputs = module.graph.find_nodes(op="placeholder")
     values = [_by_its_symbol(node.meta["val"]) for node in inputs]
     hidden = _hidden_sizes(values)
-    hints = [hint(value) if isinstance(value, torch.SymInt) else value for value in values]
+    shown = [*map(_sizes_alone, values)]
     for symbol, read in hidden.items():
         with module.graph.inserting_after(module.graph.find_nodes(op="placeholder")[-1]):
             number = module.graph.placeholder(str(symbol))
-        env = next(value for value in values if isinstance(value, torch.SymInt)).node.shape_env
-        number.meta["val"] = env.create_symintnode(symbol, hint=read(hints))
+        env = fake_mode_of(values).shape_env
+        assert env is not None
+        number.meta["val"] = env.create_symintnode(symbol, hint=read(shown))
         values.append(number.meta["val"])
     module.recompile()
     patches = dict(options)
@@ -221,30 +223,47 @@ Read = Callable[[Sequence[Any]], int]
 
 
 def _hidden_sizes(values: Sequence[Any]) -> dict[sympy.Symbol, Read]:
-    """Symbols that a graph's numbers are made of though no number is one, each with how to read it off the inputs.
+    """Symbols that a graph's sizes are made of though none is one, each with how to read it off the inputs.
 
     Inductor knows a symbol by the input that is it: of a number that comes in as `s + 1` alone it never finds `s`.
     """
-    numbers = {
-        place: value.node.expr
-        for place, value in enumerate(values)
-        if isinstance(value, torch.SymInt) and hint(value) is not None
-    }
-    known = {number: place for place, number in numbers.items() if number.is_Symbol}
+    sizes = dict(_sizes_of_inputs(values))
+    known = {size for size in sizes if size.is_Symbol}
     found: dict[sympy.Symbol, Read] = {}
-    for place, number in numbers.items():
-        for symbol in number.free_symbols - known.keys() - found.keys():
-            rest = number.xreplace({symbol: sympy.Integer(0)})
-            if number - rest in (symbol, -symbol) and rest.free_symbols <= known.keys():
+    for size, read in sizes.items():
+        for symbol in size.free_symbols - known - found.keys():
+            rest = size.xreplace({symbol: sympy.Integer(0)})
+            if size - rest in (symbol, -symbol) and rest.free_symbols <= known:
                 others = sorted(rest.free_symbols, key=str)
-                sign = 1 if number - rest == symbol else -1
-                found[symbol] = _solved(place, sign, sympy.lambdify(others, rest), [known[other] for other in others])
+                sign = 1 if size - rest == symbol else -1
+                found[symbol] = _solved(read, sign, sympy.lambdify(others, rest), [sizes[other] for other in others])
     return found
 
 
-def _solved(place: int, sign: int, rest: Callable[..., int], others: Sequence[int]) -> Read:
-    """Of the number `sign * symbol + rest` at a place, and the places of what its rest is made of: the symbol."""
-    return lambda given: sign * (int(given[place]) - int(rest(*(given[other] for other in others))))
+def _sizes_of_inputs(values: Sequence[Any]) -> Iterator[tuple[sympy.Expr, Read]]:
+    """The sizes among a graph's inputs that are symbolic and known ahead, each with how to read it off them."""
+    for place, value in enumerate(values):
+        sizes: dict[int | None, Any] = (
+            dict(enumerate(value.shape)) if isinstance(value, torch.Tensor) else {None: value}
+        )
+        for dim, size in sizes.items():
+            if isinstance(size, torch.SymInt) and hint(size) is not None:
+                yield size.node.expr, _size_at(place, dim)
+
+
+def _size_at(place: int, dim: int | None) -> Read:
+    """A dimension of the tensor at a place, or the number there."""
+    return lambda given: int(given[place] if dim is None else given[place].shape[dim])
+
+
+def _solved(read: Read, sign: int, rest: Callable[..., int], others: Sequence[Read]) -> Read:
+    """Of a size `sign * symbol + rest` and what its rest is made of: the symbol."""
+    return lambda given: sign * (read(given) - int(rest(*(other(given) for other in others))))
+
+
+def _sizes_alone(value: Any) -> Any:
+    """An input of the call that is being captured, as far as sizes go."""
+    return SimpleNamespace(shape=[*map(hint, value.shape)]) if isinstance(value, torch.Tensor) else hint(value)
 
 
 def _symbols_are_inputs(values: Sequence[Any]) -> bool:

@@ -334,21 +334,27 @@ def test_a_graph_whose_size_is_made_of_one_that_is_no_input_compiles_again() -> 
     assert len(lowered) == 2
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_graph_takes_a_number_that_is_made_of_one_that_is_no_input(sign: int) -> None:
-    """Inductor would write code that reads a size which nothing has: a NameError once the code runs."""
+@pytest.mark.parametrize("given", ["number", "negative", "dimension"])
+def test_a_graph_takes_sizes_made_of_one_that_is_no_input(given: str) -> None:
+    """Inductor refuses a tensor of such a size; of a number it writes code that reads what nothing has."""
+    sign = -1 if given == "negative" else 1
 
     def backend(graph: GraphModule, values: list[Any]) -> Any:
         fakes = _torch.placeholder_values(graph)
         number = next(value for value in fakes if isinstance(value, torch.SymInt))
+        one = next(value for value in fakes if isinstance(value, torch.Tensor)).new_empty(1)
         with _torch.graph_world(_torch.fake_mode_of(fakes)):
             part = Graph()
-            given, x = map(part.placeholder, ("given", "x"))
-            given.meta["val"] = 3 + sign * number
-            x.meta["val"] = next(value for value in fakes if isinstance(value, torch.Tensor)).new_empty(1)
-            less = part.call_function(operator.sub, (given, 3))
-            size = part.call_function(operator.mul, (less, sign))
-            counted = part.call_function(torch.ops.aten.arange.default, (size,))
+            size, x = map(part.placeholder, ("size", "x"))
+            x.meta["val"] = one
+            size.meta["val"] = 3 + sign * number
+            if given == "dimension":
+                size.meta["val"] = one.new_empty(3 + number)
+                size = part.call_function(torch.ops.aten.sym_size.int, (size, 0))
+            less = part.call_function(operator.sub, (size, 3))
+            counted = part.call_function(
+                torch.ops.aten.arange.default, (part.call_function(operator.mul, (less, sign)),)
+            )
             part.output((part.call_function(torch.ops.aten.add.Tensor, (counted, x)),))
             lowered.append(_torch.lower_with_inductor(GraphModule(nn.Module(), part), {}))
         return graph
@@ -357,7 +363,8 @@ def test_a_graph_takes_a_number_that_is_made_of_one_that_is_no_input(sign: int) 
     torch._dynamo.reset()
     torch.compile(lambda x, more: x * more, backend=backend, dynamic=True)(torch.ones(3), 5)
     for number in (5, 7):
-        assert lowered[0](3 + sign * number, torch.ones(1))[0].tolist() == [*range(1, number + 1)]
+        size = torch.empty(3 + number) if given == "dimension" else 3 + sign * number
+        assert lowered[0](size, torch.ones(1))[0].tolist() == [*range(1, number + 1)]
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

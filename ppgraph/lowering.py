@@ -91,15 +91,18 @@ def _gather_columns(program: Program) -> None:
 def _add_masks(program: Program) -> None:
     """Have attention on CPUs take masks that are added to its scores, as its kernel does.
 
-    Torch makes them of boolean ones where they are read: made in each layer alike, they were made as often.
+    Torch makes them of boolean ones where they are read: made in each layer alike, they were made as often. Those made
+    of an input stand behind all inputs.
     """
     added: dict[tuple[Node, torch.dtype], Node] = {}
+    first = next(node for node in program.graph.nodes if node.op != "placeholder")
     for node in [*program.graph.nodes]:
         mask = argument(node, 3, "attn_mask") if is_fused_attention(node) else None
         if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and not _off_the_cpu(mask):
             key = mask, node.meta["val"].dtype
             if key not in added:
-                build = Builder(program, mask.next, "lowering")
+                made = mask.op != "placeholder"
+                build = Builder(program, mask.next if made else first, "lowering")
                 nothing = build(torch.ops.aten.zeros_like.default, mask, dtype=key[1])
                 hidden = build(torch.ops.aten.logical_not.default, mask)
                 added[key] = build(torch.ops.aten.masked_fill.Scalar, nothing, hidden, -math.inf)

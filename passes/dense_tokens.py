@@ -136,7 +136,8 @@ def _worst(program: Program, build: Builder, block: Block, probe: Probe, results
     count = build(operator.sub, wanted, sampling.sample_count)
     entry = next(iter(block.narrowing.entries))
     inputs = _by_row(build, linear_activations(entry))
-    residual = _by_row(build, gather(build, stream, ((0, SAMPLE), (1, TOKEN)), sampling, length))
+    tags = ((1, TOKEN),) if samples == 1 else ((0, SAMPLE), (1, TOKEN))  # rows of a single sample come as its tokens
+    residual = _by_row(build, gather(build, stream, tags, sampling, length))
     whole, narrow = results
     wrong = build(aten.to.dtype, build.sub(whole, narrow), torch.float32)
     wrong = build(aten.linalg_vector_norm.default, wrong, 2, [-1])

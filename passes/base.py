@@ -214,6 +214,10 @@ class Program:
         nodes = self.placeholders()[-count:] if count else []
         return [node for node, item in zip(nodes, self.state_inputs, strict=True) if item.role == role]
 
+    def first_call(self) -> Node:
+        """What follows the graph's inputs."""
+        return next(node for node in self.graph.nodes if node.op != "placeholder")  # type: ignore[no-any-return]
+
     def output(self) -> Node:
         """The graph's output node."""
         node: Node = next(iter(reversed(self.graph.nodes)))

@@ -14,6 +14,7 @@ from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe
 from ppgraph.passes.insert_score import checked_memory, moment_of
 from ppgraph.passes.operators import is_one, linear_weight
+from ppgraph.passes.rows import by_row
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ def _moved(program: Program, build: Builder, site: Site) -> dict[str, Node]:
     if observation.probed is None or probe is None or not _is_prompt_by_rows(program, site, probe):
         return {}
     moments = {name: moment_of(program, site, name) for name in observation.moments}
-    y = build(aten.to.dtype, build(aten.reshape.default, probe.y, [-1, site.width]), torch.float32)
+    y = build(aten.to.dtype, by_row(build, probe.y), torch.float32)
     real = None if probe.sampling.real is None else build(aten.reshape.default, probe.sampling.real, [-1])
     name = program.config.observed
     found = build.inline(f"observation {name!r}", observation.probed, moments, y, real)

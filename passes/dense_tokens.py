@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from ppgraph.errors import ConfigError
-from ppgraph.passes.base import Builder, PassResult, Program, Site, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, Site
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, padding_of, single_rows
 from ppgraph.passes.operators import linear_activations, weight_operand
-from ppgraph.passes.rows import OtherRows, replace_exit, rows_last
+from ppgraph.passes.rows import OtherRows, by_row, replace_exit, rows_last
 from ppgraph.passes.select_weights import sort_topologically
-from ppgraph.passes.token_axes import SAMPLE, TOKEN, Prober, Sampling, gather
+from ppgraph.passes.token_axes import Prober, Sampling
 
 aten = torch.ops.aten
 
@@ -97,11 +97,11 @@ def _split(program: Program, build: Builder, site: Site) -> None:
     def dense(y: Node) -> Node:
         return build.copy(exit_linear, {narrowed: y} | whole)
 
-    probed = build(aten.reshape.default, probe.y, [-1, site.width])
+    probed = by_row(build, probe.y)
     probed_result = dense(probed)
     narrow_result = build.copy(exit_linear, {narrowed: build.select(probed, 1, channels)})
     sampling = _worst(program, build, block, probe, (probed_result, narrow_result))
-    y = build(aten.reshape.default, Prober(block.probe, build, sampling, {}).run(), [-1, site.width])
+    y = by_row(build, Prober(block.probe, build, sampling, {}).run())
     rows = build(aten.cat.default, [probe.sampling.rows, sampling.rows])
     count = build(operator.add, probe.sampling.sample_count, sampling.sample_count)
     others = OtherRows(build, block.stream, rows_last(build, block.stream, rows, count))
@@ -122,11 +122,6 @@ def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node,
     return {selected: block.weight if block.weight_dim == dim else build(aten.t.default, block.weight)}
 
 
-def _by_row(build: Builder, node: Node) -> Node:
-    """[..., channels] -> [rows, channels]."""
-    return build(aten.reshape.default, node, [-1, shape_of(node)[-1]])  # type: ignore[no-any-return]
-
-
 def _worst(program: Program, build: Builder, block: Block, probe: Probe, results: tuple[Node, Node]) -> Sampling:
     """The rows beside the probe's that are predicted to be worst off."""
     stream, sampling = block.stream, probe.sampling
@@ -135,16 +130,16 @@ def _worst(program: Program, build: Builder, block: Block, probe: Probe, results
     wanted = build.share_of(total, program.config.dense_tokens)
     count = build(operator.sub, wanted, sampling.sample_count)
     entry = next(iter(block.narrowing.entries))
-    inputs = _by_row(build, linear_activations(entry))
-    tags = ((1, TOKEN),) if samples == 1 else ((0, SAMPLE), (1, TOKEN))  # rows of a single sample come as its tokens
-    residual = _by_row(build, gather(build, stream, tags, sampling, length))
+    inputs = by_row(build, linear_activations(entry))
+    columns = build(aten.reshape.default, sampling.columns, [-1])
+    residual = build(aten.index.Tensor, stream, [sampling.samples, columns])
     whole, narrow = results
     wrong = build(aten.to.dtype, build.sub(whole, narrow), torch.float32)
     wrong = build(aten.linalg_vector_norm.default, wrong, 2, [-1])
     norms = build(aten.linalg_vector_norm.default, build(aten.to.dtype, residual, torch.float32), 2, [-1])
     errors = build(aten.div.Tensor, wrong, build(aten.add.Scalar, norms, TINY))
     real = None if sampling.real is None else build(aten.reshape.default, sampling.real, [-1])
-    probed = _by_row(build, linear_activations(probe.linears[entry]))
+    probed = by_row(build, linear_activations(probe.linears[entry]))
     predicted = build.inline("dense tokens", predicted_errors, probed, errors, real, inputs)
     padding = padding_of(program, build, stream)
     if padding is not None:

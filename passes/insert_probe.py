@@ -87,15 +87,11 @@ def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None
     if program.token_mask is None:
         return None
     if "padding" not in program.shared:
-        ahead = Builder(program, _first_call(program), build.author)
+        # Ahead of everything: what all layers read must not make the first of them unlike the others.
+        ahead = Builder(program, program.first_call(), build.author)
         program.shared["padding"] = _padding(program.token_mask, ahead, stream)
     padding: Padding = program.shared["padding"]
     return padding
-
-
-def _first_call(program: Program) -> Node:
-    """Ahead of everything: what all layers read must not make the first of them unlike the others."""
-    return next(node for node in program.graph.nodes if node.op != "placeholder")  # type: ignore[no-any-return]
 
 
 def _padding(mask: Node, build: Builder, stream: Node) -> Padding:
@@ -175,7 +171,7 @@ def rows_of(program: Program, build: Builder, stream: Node) -> Sampling:
     """The rows to probe of blocks without attention, each a sample of one token: the same for all layers."""
     if "rows" not in program.shared:
         padding = padding_of(program, build, stream)
-        anchor = _first_call(program) if padding is None else padding.length.next
+        anchor = program.first_call() if padding is None else padding.length.next
         ahead = Builder(program, anchor, build.author)
         program.shared["rows"] = _evenly_spaced(ahead, program.config, stream, padding)
     rows: Sampling = program.shared["rows"]

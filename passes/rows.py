@@ -52,6 +52,11 @@ def rows_last(build: Builder, stream: Node, rows: Node, probed_count: Any, *, ar
     return RowOrder(others, places, slots, samples, tokens)
 
 
+def by_row(build: Builder, node: Node) -> Node:
+    """[..., channels] -> [rows, channels]."""
+    return build(aten.reshape.default, node, [-1, shape_of(node)[-1]])  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class RowPieces:
     """A block's kept channels [rows, C'] in two: of the other rows, if any, and of those behind them."""
@@ -187,7 +192,7 @@ class OtherRows(RowWalk):
 
     def pieces(self, others: Node | None, probed: Node, channels: Node | None) -> list[Node]:
         """The other rows, if any, and the probe's, of which `channels` are taken (all when None)."""
-        probed = self.build(aten.reshape.default, probed, [-1, shape_of(probed)[-1]])
+        probed = by_row(self.build, probed)
         if channels is not None:
             probed = self.build.select(probed, 1, channels)
         return [probed] if others is None else [others, probed]

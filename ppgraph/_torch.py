@@ -196,18 +196,10 @@ def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
 
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
-    inputs = module.graph.find_nodes(op="placeholder")
-    values = [_by_its_symbol(node.meta["val"]) for node in inputs]
+    values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
     hidden = _hidden_sizes(values)
-    shown = [*map(_sizes_alone, values)]
-    for symbol, read in hidden.items():
-        with module.graph.inserting_after(module.graph.find_nodes(op="placeholder")[-1]):
-            number = module.graph.placeholder(str(symbol))
-        env = fake_mode_of(values).shape_env
-        assert env is not None
-        number.meta["val"] = env.create_symintnode(symbol, hint=read(shown))
-        values.append(number.meta["val"])
-    module.recompile()
+    if hidden:
+        values += _added_inputs(module, values, hidden)
     patches = dict(options)
     if not _symbols_are_inputs(values):
         patches["fx_graph_cache"] = False
@@ -222,12 +214,27 @@ def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Call
 Read = Callable[[Sequence[Any]], int]
 
 
+def _added_inputs(module: GraphModule, values: Sequence[Any], hidden: Mapping[sympy.Symbol, Read]) -> list[Any]:
+    """Give a graph inputs behind its own, one for each symbol; their values."""
+    env, shown = fake_mode_of(values).shape_env, [*map(_sizes_alone, values)]
+    assert env is not None
+    *_, place = module.graph.find_nodes(op="placeholder")
+    added = []
+    for symbol, read in hidden.items():
+        with module.graph.inserting_after(place):
+            place = module.graph.placeholder(str(symbol))
+        place.meta["val"] = env.create_symintnode(symbol, hint=read(shown))
+        added.append(place.meta["val"])
+    module.recompile()
+    return added
+
+
 def _hidden_sizes(values: Sequence[Any]) -> dict[sympy.Symbol, Read]:
     """Symbols that a graph's sizes are made of though none is one, each with how to read it off the inputs.
 
     Inductor knows a symbol by the input that is it: of a number that comes in as `s + 1` alone it never finds `s`.
     """
-    sizes = dict(_sizes_of_inputs(values))
+    sizes = {size.node.expr: read for size, read in sizes_of_inputs(values) if hint(size) is not None}
     known = {size for size in sizes if size.is_Symbol}
     found: dict[sympy.Symbol, Read] = {}
     for size, read in sizes.items():
@@ -240,15 +247,14 @@ def _hidden_sizes(values: Sequence[Any]) -> dict[sympy.Symbol, Read]:
     return found
 
 
-def _sizes_of_inputs(values: Sequence[Any]) -> Iterator[tuple[sympy.Expr, Read]]:
-    """The sizes among a graph's inputs that are symbolic and known ahead, each with how to read it off them."""
+def sizes_of_inputs(values: Sequence[Any]) -> Iterator[tuple[torch.SymInt, Read]]:
+    """The symbolic sizes among a graph's inputs, in order, each with how to read it off what the graph is given."""
     for place, value in enumerate(values):
-        sizes: dict[int | None, Any] = (
-            dict(enumerate(value.shape)) if isinstance(value, torch.Tensor) else {None: value}
-        )
+        is_tensor = isinstance(value, torch.Tensor)
+        sizes: dict[int | None, Any] = dict(enumerate(value.shape)) if is_tensor else {None: value}
         for dim, size in sizes.items():
-            if isinstance(size, torch.SymInt) and hint(size) is not None:
-                yield size.node.expr, _size_at(place, dim)
+            if isinstance(size, torch.SymInt):
+                yield size, _size_at(place, dim)
 
 
 def _size_at(place: int, dim: int | None) -> Read:

@@ -312,22 +312,33 @@ def compare(
     comparison = Comparison(described, _known_rows(output, described, configs))
     bench = _Bench(model, tokenizer, settings, batches, calibrating.split(settings.batch), progress)
     with tempfile.TemporaryDirectory(prefix="ppgraph-eval-") as folder:
+        untimed: list[tuple[Row, Callable[[], Any]]] = []
         for row in comparison.rows:
-            measured = bench.dense() if row.config is None else bench.pruned(configs[row.name], Path(folder))
+            if row.config is None:
+                measured = bench.dense()
+            else:
+                twin = bench.twin(configs[row.name], Path(folder))
+                measured = bench.pruned(twin)
+                if settings.repeats and "time_ms" not in row.found:
+                    untimed.append((row, twin))
             for key, measure in measured.items():
                 if key not in row.found:
                     if progress:
                         tqdm.write(f"{row.name}: {key}", file=sys.stderr)
                     row.found |= measure()
                     _write(output, comparison)
-        untimed = [row for row in comparison.rows[1:] if "time_ms" not in row.found]
-        if settings.repeats and untimed:
-            dense, *times = bench.times([configs[row.name] for row in untimed], Path(folder))
-            for row, timing in zip(untimed, times, strict=True):
-                row.found |= {"time_ms": timing.median_ms, "time_spread_ms": timing.spread_ms}
-                row.found |= {"dense_time_ms": dense.median_ms, "dense_time_spread_ms": dense.spread_ms}
+        if untimed:
+            _time(bench, untimed)
             _write(output, comparison)
     return comparison
+
+
+def _time(bench: _Bench, untimed: Sequence[tuple[Row, Callable[[], Any]]]) -> None:
+    """Add the times of pruned twins to their rows."""
+    dense, *times = bench.times([twin for _, twin in untimed])
+    for (row, _), timing in zip(untimed, times, strict=True):
+        row.found |= {"time_ms": timing.median_ms, "time_spread_ms": timing.spread_ms}
+        row.found |= {"dense_time_ms": dense.median_ms, "dense_time_spread_ms": dense.spread_ms}
 
 
 @dataclass
@@ -348,28 +359,24 @@ class _Bench:
         }
         return measured | self._quality(lambda: self.model)
 
-    def pruned(self, config: PruneConfig, folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-        """The same for a pruned twin, which is made and calibrated when the first of them is asked for."""
+    def twin(self, config: PruneConfig, folder: Path) -> Callable[[], Any]:
+        """Gives a pruned twin with the history that calibration left; made when it is first asked for."""
 
         @functools.cache
         def made() -> Any:
-            return self._twin(config)
+            return transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
 
         def afresh() -> Any:
-            return self._afresh(made(), folder)
+            twin = made()
+            if config.needs_history and self.calibration:
+                twin.ppgraph.history.load(self._calibrated(twin, folder))
+            return twin
 
-        measured = self._quality(afresh)
-        measured["flops"] = lambda: self._flops(afresh())
-        return measured
+        return afresh
 
-    def _twin(self, config: PruneConfig) -> Any:
-        return transform(self.model, config, lowering=self.settings.lowering)  # type: ignore[arg-type]
-
-    def _afresh(self, twin: Any, folder: Path) -> Any:
-        """A twin with the history that calibration left."""
-        if twin.ppgraph.config.needs_history and self.calibration:
-            twin.ppgraph.history.load(self._calibrated(twin, folder))
-        return twin
+    def pruned(self, twin: Callable[[], Any]) -> dict[str, Callable[[], dict[str, Any]]]:
+        """A pruned twin's measurements, its times left out."""
+        return self._quality(twin) | {"flops": lambda: self._flops(twin())}
 
     def _calibrated(self, twin: Any, folder: Path) -> Path:
         """Where the history of a calibrated twin lies. Calibration is dense: configs that observe the same share it.
@@ -404,11 +411,10 @@ class _Bench:
         cost = twin.ppgraph.report().cost.flops
         return {"flops": cost.probe + cost.pruned, "probe_flops": cost.probe}
 
-    def times(self, configs: Sequence[PruneConfig], folder: Path) -> list[Timing]:
-        """Times of a batch, of the compiled dense model first and of a pruned twin for each config; all in turns."""
-        twins = [self._afresh(self._twin(config), folder) for config in configs]
+    def times(self, twins: Sequence[Callable[[], Any]]) -> list[Timing]:
+        """Times of a batch, of the compiled dense model first and of the pruned twins; all in turns."""
         ids = self.batches[0].to(next(self.model.parameters()).device)
-        models = enumerate([torch.compile(self.model), *twins])
+        models = enumerate([torch.compile(self.model), *(twin() for twin in twins)])
         calls = {str(place): functools.partial(model, input_ids=ids, use_cache=False) for place, model in models}
         with torch.no_grad():
             alternate(calls, tqdm(range(WARM_UP_ROUNDS), desc="warming up", disable=not self.progress))

@@ -3,7 +3,7 @@
 Layers of a model are the same graph on other weights. Compiled as one graph they cost compile time each; cut apart
 behind the streams that enter them (`Program.cuts`), Inductor compiles one of a kind and the others call it. What a cut
 costs at run time is one call in Python, and that the stream's last addition is not fused with the norm that reads it.
-On CPUs weights lose their columns by an operator of ppgraph's own.
+On CPUs weights lose their columns by an operator of ppgraph's own, and masks are made ready for attention once.
 """
 
 from __future__ import annotations
@@ -95,14 +95,13 @@ def _add_masks(program: Program) -> None:
     of an input stand behind all inputs.
     """
     added: dict[tuple[Node, torch.dtype], Node] = {}
-    first = next(node for node in program.graph.nodes if node.op != "placeholder")
     for node in [*program.graph.nodes]:
         mask = argument(node, 3, "attn_mask") if is_fused_attention(node) else None
         if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and not _off_the_cpu(mask):
             key = mask, node.meta["val"].dtype
             if key not in added:
-                made = mask.op != "placeholder"
-                build = Builder(program, mask.next if made else first, "lowering")
+                place = program.first_call() if mask.op == "placeholder" else mask.next
+                build = Builder(program, place, "lowering")
                 nothing = build(torch.ops.aten.zeros_like.default, mask, dtype=key[1])
                 hidden = build(torch.ops.aten.logical_not.default, mask)
                 added[key] = build(torch.ops.aten.masked_fill.Scalar, nothing, hidden, -math.inf)

@@ -608,13 +608,9 @@ def _size_from_inputs(program: Program, size: Any) -> Callable[[Sequence[Any]], 
     """How to read a size of the batch off a graph's inputs."""
     if not isinstance(size, torch.SymInt):
         return lambda inputs: int(size)
-    for index, node in enumerate(program.placeholders()):
-        value = node.meta["val"]
-        if isinstance(value, torch.SymInt) and same_size(value, size):
-            return lambda inputs, index=index: int(inputs[index])  # type: ignore[misc]
-        for dim, other in enumerate(shape_of(node)):
-            if isinstance(other, torch.SymInt) and same_size(other, size):
-                return lambda inputs, index=index, dim=dim: int(inputs[index].shape[dim])  # type: ignore[misc]
+    for known, read in _torch.sizes_of_inputs([node.meta["val"] for node in program.placeholders()]):
+        if same_size(known, size):
+            return read
     raise UnsupportedModelError(
         f"expected how many samples and tokens there are to be sizes of the model's inputs, found {size}, which only "
         "running tells. A model that counts the tokens that it has seen in a static cache may need "

@@ -9,6 +9,7 @@ is always right and only the saving differs.
 from __future__ import annotations
 
 import heapq
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -389,7 +390,8 @@ class Narrower:
         if action == "select":
             return self.build.select(node, axis.dim, self._index(node, axis))
         if is_fused_attention(node) and self._reads_a_step_from_whole_keys(node, axis):
-            return self._attention_on_all_heads(node)
+            by_sums = node.meta["val"].device.type == "cpu" and not argument(node, 5, "is_causal", False)
+            return self._attention_by_sums(node) if by_sums else self._attention_on_all_heads(node)
         if action == "share_keys":
             return self._attention_on_own_keys(node)
         operands = {operand: self._narrow(operand) for operand, _ in operand_axes(node, axis)}
@@ -416,22 +418,63 @@ class Narrower:
         attended = self.build.copy(node, {query: whole})
         return self.build.select(attended, dim, self.units)
 
+    def _attention_by_sums(self, node: Node) -> Node:
+        """Attention of a single token as sums over the kept heads' keys and values, which Inductor reads in place.
+
+        On CPUs torch's kernel, made for many queries, takes up to seven times as long on all heads (bfloat16;
+        `benchmarks/NOTES.md`). In fp32 at least.
+        """
+        build, (query, key, value) = self.build, node.args[:3]
+        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        dtype = torch.promote_types(node.meta["val"].dtype, torch.float32)
+        keys, values = (
+            build(aten.to.dtype, build.select(shared, len(shape_of(shared)) - 3, self._key_heads(node)), dtype)
+            for shared in (key, value)
+        )
+        scale = node.kwargs.get("scale")
+        scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
+        queries = build.mul(build(aten.to.dtype, self._narrow(query), dtype), scale)
+        scores = build.sum(build.mul(queries, keys), -1)
+        mask = self._kept_mask(node)
+        if mask is not None:
+            shown = build(aten.squeeze.dim, mask, -2)
+            is_bool = mask.meta["val"].dtype == torch.bool
+            scores = build.where(shown, scores, -math.inf) if is_bool else build.add(scores, shown)
+        weights = build(aten.unsqueeze.default, build(aten._safe_softmax.default, scores, -1), -1)
+        attended = build(aten.sum.dim_IntList, build.mul(weights, values), [-2], True)
+        return build(aten.to.dtype, attended, node.meta["val"].dtype)  # type: ignore[no-any-return]
+
     def _attention_on_own_keys(self, node: Node) -> Node:
         """Grouped-query attention: each kept query head reads the key and value head of its group."""
         query, key, value = node.args[:3]
         assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-        group = shape_of(query)[-3] // shape_of(key)[-3]
-        heads = self.build(aten.floor_divide.default, self.units, group)
-        dim = len(shape_of(key)) - 3
+        heads, dim = self._key_heads(node), len(shape_of(key)) - 3
         replace = {query: self._narrow(query)} | {
             shared: self.build.select(shared, dim, heads) for shared in dict.fromkeys((key, value))
         }
-        mask = argument(node, 3, "attn_mask")
-        if isinstance(mask, Node) and len(shape_of(mask)) >= 3 and same_size(shape_of(mask)[-3], shape_of(query)[-3]):
-            replace[mask] = self.build.select(mask, len(shape_of(mask)) - 3, self.units)
+        mask = self._kept_mask(node)
+        if mask is not None:
+            replace[argument(node, 3, "attn_mask")] = mask
         copied = self.build.copy(node, replace)
         copied.kwargs = {name: setting for name, setting in copied.kwargs.items() if name != "enable_gqa"}
         return copied
+
+    def _key_heads(self, node: Node) -> Node:
+        """The key and value head that each kept query head of an attention reads."""
+        query, key = node.args[:2]
+        assert isinstance(query, Node) and isinstance(key, Node)
+        group = shape_of(query)[-3] // shape_of(key)[-3]
+        return self.units if group == 1 else self.build(aten.floor_divide.default, self.units, group)
+
+    def _kept_mask(self, node: Node) -> Node | None:
+        """An attention's mask for the kept query heads, if it has one."""
+        query, mask = node.args[0], argument(node, 3, "attn_mask")
+        assert isinstance(query, Node)
+        if not isinstance(mask, Node):
+            return None
+        if len(shape_of(mask)) >= 3 and same_size(shape_of(mask)[-3], shape_of(query)[-3]):
+            return self.build.select(mask, len(shape_of(mask)) - 3, self.units)
+        return mask
 
     def _index(self, node: Node, axis: Axis) -> Node:
         """Indices of the kept units along an axis of `node`."""

@@ -28,6 +28,9 @@ from ppgraph.passes.operators import argument, is_fused_attention
 
 log = logging.getLogger("ppgraph")
 
+# The largest block that glibc's heap ever holds on 64 bits (its DEFAULT_MMAP_THRESHOLD_MAX), less what malloc adds to it.
+LARGEST_HEAP_BLOCK = 32 * 2**20 - 2**13
+
 Compiled = Callable[..., Sequence[Any]]
 
 
@@ -62,21 +65,26 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
     return whole.forward
 
 
-@torch.library.custom_op("ppgraph::columns", mutates_args=())
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The columns `index` [C'] int64 of `matrix` [D, C] on a CPU, by torch's kernel of `gather`: [D, C'].
+    """The columns `index` [C'] int64 of `matrix` [D, C] on a CPU, [D, C']: the operator `ppgraph::columns`.
 
-    Inductor's own loop over single elements takes more than twice as long in float32 and four times in bfloat16 (AVX2;
-    `benchmarks/NOTES.md`).
+    By torch's kernel of `gather`; Inductor's own loop over single elements takes more than twice as long in float32 and
+    four times in bfloat16 (AVX2; `benchmarks/NOTES.md`).
     """
     # Of two bytes whole numbers are gathered faster than bfloat16.
     items = matrix.view(torch.int16) if matrix.itemsize == 2 else matrix
     return items.gather(1, index.expand(matrix.shape[0], -1)).view(matrix.dtype)
 
 
-@columns.register_fake
-def _(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def fake_columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """What `columns` gives, without its values."""
     return matrix.new_empty((matrix.shape[0], index.shape[0]))
+
+
+# `custom_op` would put Python of its own around each call, as long as the gather of a small history.
+torch.library.define("ppgraph::columns", "(Tensor matrix, Tensor index) -> Tensor")
+torch.library.impl("ppgraph::columns", "cpu", columns)
+torch.library.register_fake("ppgraph::columns", fake_columns)
 
 
 def _gather_columns(program: Program) -> None:
@@ -111,6 +119,8 @@ def _add_masks(program: Program) -> None:
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:
     # Not on GPUs: what waits there also tells Inductor's cache on disk which kernels belong to a graph.
     elsewhere = any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
+    if not elsewhere:
+        _let_the_heap_keep_a_layer()
     # Steps are recorded in `ppgraph.replay`; graphs with a prompt's shapes are not.
     options = {**options, "triton.cudagraphs": False}
     try:
@@ -126,6 +136,17 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
             f"expected Inductor to compile the pruned graph; found: {found}. Does torch.compile(model) run the dense "
             'model in the same call? lowering="eager" runs the pruned graph uncompiled, and nothing has changed'
         ) from error
+
+
+def _let_the_heap_keep_a_layer() -> None:
+    """Let glibc's heap keep up to 64 MB that are free; until then it keeps twice the largest block freed so far.
+
+    What a layer computes is freed where its part ends. Given back to the system there, its pages would be faulted in
+    anew by the next layer, 4 % of the time at 20 x 256 tokens (`benchmarks/NOTES.md`). glibc does the same by itself
+    once a block of this size has been freed; other allocators take no notice.
+    """
+    # Some of them may fit into what is free; the last is sure to come from the system. A tensor would be a fake one here.
+    [torch.UntypedStorage(LARGEST_HEAP_BLOCK) for _ in range(4)]
 
 
 def _off_the_cpu(node: Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,73 @@ def test_attention_keeps_the_biases_of_its_kept_heads(kv_heads: int, leading: in
     x = hidden(4, 6)
     expected = without_others(block, block.o, x, [2, 3, 4, 5])
     torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
+
+
+class Step(Attention):
+    """One token attends to 5 that came before, whose keys and values something else reads as well."""
+
+    def __init__(self, kv_heads: int, mask: Callable[[], torch.Tensor | None]) -> None:
+        super().__init__(kv_heads)
+        self.mask = mask
+        self.past_keys, self.past_values = (nn.Parameter(torch.zeros(1, kv_heads, 5, 2)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.projected(x)
+        key, value = (
+            torch.cat([past.expand(x.shape[0], -1, -1, -1), new], 2)
+            for past, new in ((self.past_keys, key), (self.past_values, value))
+        )
+        mixed = self.attention(query, key, value)
+        return self.o(mixed.transpose(1, 2).reshape(x.shape[0], 1, -1)) * (key + value).mean()
+
+    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[samples, 4, 1, 2]"""
+        shared = key.shape[1] != 4
+        return F.scaled_dot_product_attention(query, key, value, self.mask(), scale=0.3, enable_gqa=shared)
+
+
+class CausalStep(Step):
+    """As torch has it, the first token of a causal attention sees the first key alone."""
+
+    def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[samples, 4, 1, 2]"""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=key.shape[1] != 4)
+
+
+def narrowed_step(block: Step) -> Captured:
+    """As `narrowed`, of one token."""
+    graph = captured(Residual(block), hidden(3, 1))
+    graph.program.shared["selectable"] = {SITE}
+    graph.apply(*ANALYSE, ReuseSelection(), SelectWeights())
+    return graph
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: None,
+        lambda: torch.arange(6).unsqueeze(0) % 4 != 1,
+        lambda: torch.zeros(1, 1, 1, 6, dtype=torch.bool),
+        lambda: torch.arange(24.0).view(4, 1, 6).sin(),
+    ],
+    ids=["no mask", "tokens hidden", "all hidden", "by head"],
+)
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_a_step_attends_with_its_kept_heads_to_keys_left_in_place(
+    kv_heads: int, mask: Callable[[], torch.Tensor | None]
+) -> None:
+    graph, x = narrowed_step(block := Step(kv_heads, mask)), hidden(4, 1)
+    expected = without_others(block, block.o, x, [2, 3, 4, 5])
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
+    assert "scaled_dot_product_attention" not in targets(graph.program)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_attention_whose_mask_torch_makes_runs_on_all_heads(kv_heads: int) -> None:
+    graph, x = narrowed_step(block := CausalStep(kv_heads, lambda: None)), hidden(4, 1)
+    expected = without_others(block, block.o, x, [2, 3, 4, 5])
+    torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
+    assert "scaled_dot_product_attention" in targets(graph.program)
 
 
 def test_a_fused_projection_loses_the_rows_of_both_halves() -> None:

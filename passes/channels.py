@@ -26,6 +26,7 @@ from ppgraph.passes.operators import (
     is_constant,
     is_fused_attention,
     is_linear,
+    is_one,
     is_product,
     is_view,
     linear_bias,
@@ -467,14 +468,13 @@ class Narrower:
         return self.units if group == 1 else self.build(aten.floor_divide.default, self.units, group)
 
     def _kept_mask(self, node: Node) -> Node | None:
-        """An attention's mask for the kept query heads, if it has one."""
-        query, mask = node.args[0], argument(node, 3, "attn_mask")
-        assert isinstance(query, Node)
+        """An attention's mask for the kept query heads, if it has one; how many it is for may be a symbol's formula."""
+        mask = argument(node, 3, "attn_mask")
         if not isinstance(mask, Node):
             return None
-        if len(shape_of(mask)) >= 3 and same_size(shape_of(mask)[-3], shape_of(query)[-3]):
-            return self.build.select(mask, len(shape_of(mask)) - 3, self.units)
-        return mask
+        if len(shape_of(mask)) < 3 or is_one(shape_of(mask)[-3]):
+            return mask
+        return self.build.select(mask, len(shape_of(mask)) - 3, self.units)
 
     def _index(self, node: Node, axis: Axis) -> Node:
         """Indices of the kept units along an axis of `node`."""

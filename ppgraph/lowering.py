@@ -28,7 +28,7 @@ from ppgraph.passes.operators import argument, is_fused_attention
 
 log = logging.getLogger("ppgraph")
 
-# The largest block that glibc's heap ever holds on 64 bits (its DEFAULT_MMAP_THRESHOLD_MAX), less what malloc adds to it.
+# The largest block that glibc ever keeps in its heap on 64 bits (DEFAULT_MMAP_THRESHOLD_MAX), less what malloc adds.
 LARGEST_HEAP_BLOCK = 32 * 2**20 - 2**13
 
 Compiled = Callable[..., Sequence[Any]]
@@ -145,7 +145,7 @@ def _let_the_heap_keep_a_layer() -> None:
     anew by the next layer, 4 % of the time at 20 x 256 tokens (`benchmarks/NOTES.md`). glibc does the same by itself
     once a block of this size has been freed; other allocators take no notice.
     """
-    # Some of them may fit into what is free; the last is sure to come from the system. A tensor would be a fake one here.
+    # Some of them may fit into what is free, the last hardly. A tensor would be a fake one here.
     [torch.UntypedStorage(LARGEST_HEAP_BLOCK) for _ in range(4)]
 
 

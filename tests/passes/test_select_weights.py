@@ -108,7 +108,7 @@ class Step(Attention):
         return self.o(mixed.transpose(1, 2).reshape(x.shape[0], 1, -1)) * (key + value).mean()
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[samples, 4, 1, 2]"""
+        """The heads' results, [samples, 4, 1, 2]."""
         shared = key.shape[1] != 4
         return F.scaled_dot_product_attention(query, key, value, self.mask(), scale=0.3, enable_gqa=shared)
 
@@ -117,7 +117,7 @@ class CausalStep(Step):
     """As torch has it, the first token of a causal attention sees the first key alone."""
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[samples, 4, 1, 2]"""
+        """The heads' results, [samples, 4, 1, 2]."""
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=key.shape[1] != 4)
 
 

@@ -11,6 +11,10 @@ from ppgraph.passes.base import Packing, PassResult, Program, StateInput, ancest
 
 aten = torch.ops.aten
 
+# On CPUs `index_select` copies whole rows in one thread, `index` single elements in all; measured with two threads
+# (benchmarks/NOTES.md), where one is twice as fast as the other.
+ROW_COPY_THREADS = 4
+
 
 class PackWeights:
     """Moves the selection of weights into a graph of its own, `program.packing`.
@@ -76,10 +80,15 @@ def _fill(graph: Graph, node: Node, memory: Node) -> None:
         return
     source, dim, index = node.args
     assert isinstance(source, Node) and isinstance(index, Node) and isinstance(dim, int)
-    if dim == 0:  # `index_select` on CPUs runs in one thread
-        graph.call_function(aten.index.Tensor_out, (source, [index]), {"out": memory})
+    if dim == 0:
+        if torch.get_num_threads() > ROW_COPY_THREADS:
+            graph.call_function(aten.index.Tensor_out, (source, [index]), {"out": memory})
+        else:
+            graph.call_function(aten.index_select.out, (source, dim, index), {"out": memory})
         return
     before, after = shape_of(source)[:dim], shape_of(source)[dim + 1 :]
+    if source.meta["val"].itemsize == 2:  # of two bytes whole numbers are gathered faster than bfloat16
+        source, memory = (graph.call_function(aten.view.dtype, (tensor, torch.int16)) for tensor in (source, memory))
     places = graph.call_function(aten.reshape.default, (index, [-1, *[1] * len(after)]))
     places = graph.call_function(aten.expand.default, (places, [*before, -1, *after]))
     graph.call_function(aten.gather.out, (source, dim, places), {"out": memory})

@@ -12,7 +12,7 @@ from tests.passes.graphs import SITE, Attention, Captured, Mlp, Residual, captur
 
 
 def packed(block: torch.nn.Module) -> Captured:
-    graph = captured(Residual(block))
+    graph = captured(Residual(block), hidden().to(next(block.parameters()).dtype))
     graph.program.shared["selectable"] = {SITE}
     graph.apply(*REUSE)
     return graph
@@ -45,8 +45,13 @@ def test_the_step_reads_packed_weights_and_gives_the_same(block: torch.nn.Module
     assert nodes_of_selection(graph.program) == {}
 
 
-def test_packed_tensors_are_the_kept_rows_and_columns() -> None:
-    graph = packed(block := Mlp())
+@pytest.mark.parametrize("threads", [2, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_tensors_are_the_kept_rows_and_columns(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    graph = packed(block := Mlp().to(dtype))
     units = torch.tensor([0, 2, 3, 5, 7, 11])
     up, down = sorted(pack(graph, units), key=lambda tensor: tensor.shape[1], reverse=True)
     assert torch.equal(up, block.up.weight[units])

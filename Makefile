@@ -35,13 +35,14 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is younger than everything that the environment was made from. pip's own words go to a log: what
-# a reader needs of them is the last line.
+# a reader needs of them is the last line. Bytecode is made of what is imported, as that is: compiling all of torch's
+# files takes as long as the rest.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	|| { echo "needs Python 3.10 or newer, found $$($(PYTHON) --version); try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "setting up $(VENV) (once; a few minutes, most of them for torch)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --retries 1 --constraint constraints.txt --editable '.[test]' \
+	@$(BIN)/python -m pip install --no-compile --retries 1 --constraint constraints.txt --editable '.[test]' \
 		> $(VENV)/install.log 2>&1 \
 	|| { echo "could not set up $(VENV), is there no network?" \
 		"$$(sed -n 's/^ *ERROR: //p' $(VENV)/install.log | tail -1) (log: $(VENV)/install.log)" >&2; exit 1; }

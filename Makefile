@@ -35,8 +35,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is younger than everything that the environment was made from. pip's own words go to a log: what
-# a reader needs of them is the last line. Bytecode is made of what is imported, as that is: compiling all of torch's
-# files takes as long as the rest.
+# a reader needs of them is the last line. Python compiles what is imported; pip compiling all of torch's files would
+# take as long as the rest.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	|| { echo "needs Python 3.10 or newer, found $$($(PYTHON) --version); try: make PYTHON=python3.12" >&2; exit 1; }

@@ -4,7 +4,8 @@ Three variants of one random model run in turns, each with its decoding compiled
 prompt:
 
 - dense: the model as it is;
-- static: a model whose layers have the kept widths from the start: the limit;
+- static: a model whose layers have the kept widths from the start: the limit, but for attention, which on CPUs is
+  torch's kernel in it and in dense, and a loop of Inductor's in ppgraph;
 - ppgraph: the dense model, transformed: a step reads the weights that the prompt's selection packed. Keys and values
   stay whole in its cache, so that a later prompt may choose otherwise; those of static are as narrow as its layers.
 

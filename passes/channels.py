@@ -427,9 +427,9 @@ class Narrower:
         """
         build, (query, key, value) = self.build, node.args[:3]
         assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-        dtype = torch.promote_types(node.meta["val"].dtype, torch.float32)
+        dtype, heads = torch.promote_types(node.meta["val"].dtype, torch.float32), self._key_heads(node)
         keys, values = (
-            build(aten.to.dtype, build.select(shared, len(shape_of(shared)) - 3, self._key_heads(node)), dtype)
+            build(aten.to.dtype, build.select(shared, len(shape_of(shared)) - 3, heads), dtype)
             for shared in (key, value)
         )
         scale = node.kwargs.get("scale")

@@ -53,8 +53,9 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
     assert 0 < counts[0] == counts[1]
 
 
-def test_weights_and_histories_on_a_cpu_lose_columns_by_gather(compiled: list[GraphModule]) -> None:
-    pruned = ppgraph.transform(model(4), **{**OPTIONS, "lowering": "inductor"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_and_histories_on_a_cpu_lose_columns_by_gather(dtype: torch.dtype, compiled: list[GraphModule]) -> None:
+    pruned = ppgraph.transform(model(4).to(dtype), **{**OPTIONS, "lowering": "inductor"})
     pruned(**prompts(3, 11, padded=False), use_cache=False)
     called = [node for part in compiled for node in part.graph.nodes if node.op == "call_function"]
     gathered = [node.args[0].meta["val"] for node in called if node.target is torch.ops.ppgraph.columns.default]
@@ -74,12 +75,15 @@ def test_columns_are_gathered_as_they_are(dtype: torch.dtype) -> None:
         torch.library.opcheck(columns, (given, index))
 
 
-def test_masks_are_made_ready_for_attention_once_for_all_layers(compiled: list[GraphModule]) -> None:
-    pruned = ppgraph.transform(model(4, 3).to(torch.bfloat16), **{**OPTIONS, "lowering": "inductor"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_made_ready_for_attention_once_for_all_layers(
+    dtype: torch.dtype, compiled: list[GraphModule]
+) -> None:
+    pruned = ppgraph.transform(model(4, 3).to(dtype), **{**OPTIONS, "lowering": "inductor"})
     pruned(**prompts(3, 11, padded=True), use_cache=False)
     reading = [node for part in compiled for node in part.graph.nodes if is_fused_attention(node)]
     assert len(reading) == 2  # a layer's probe and its full inference
-    assert {node.args[3].meta["val"].dtype for node in reading} == {torch.bfloat16}
+    assert {node.args[3].meta["val"].dtype for node in reading} == {dtype}
     _, full = sorted(reading, key=lambda node: len(node.args[3].all_input_nodes), reverse=True)
     assert full.args[3].op == "placeholder"
 

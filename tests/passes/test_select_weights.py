@@ -17,9 +17,9 @@ from ppgraph.passes.select_weights import SelectWeights, sort_topologically
 from tests.passes.graphs import SITE, Attention, Captured, Flattened, Fused, Mlp, Residual, captured, hidden, targets
 
 
-def narrowed(block: nn.Module) -> Captured:
-    """The block's graph with the kept units as an input."""
-    graph = captured(Residual(block))
+def narrowed(block: nn.Module, *inputs: torch.Tensor) -> Captured:
+    """The block's graph, captured with `inputs` if there are any, with the kept units as an input."""
+    graph = captured(Residual(block), *inputs)
     graph.program.shared["selectable"] = {SITE}
     graph.apply(*ANALYSE, ReuseSelection(), SelectWeights())
     return graph
@@ -121,14 +121,6 @@ class CausalStep(Step):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=key.shape[1] != 4)
 
 
-def narrowed_step(block: Step) -> Captured:
-    """As `narrowed`, of one token."""
-    graph = captured(Residual(block), hidden(3, 1))
-    graph.program.shared["selectable"] = {SITE}
-    graph.apply(*ANALYSE, ReuseSelection(), SelectWeights())
-    return graph
-
-
 @pytest.mark.parametrize(
     "mask",
     [
@@ -143,7 +135,7 @@ def narrowed_step(block: Step) -> Captured:
 def test_a_step_attends_with_its_kept_heads_to_keys_left_in_place(
     kv_heads: int, mask: Callable[[], torch.Tensor | None]
 ) -> None:
-    graph, x = narrowed_step(block := Step(kv_heads, mask)), hidden(4, 1)
+    graph, x = narrowed(block := Step(kv_heads, mask), hidden(3, 1)), hidden(4, 1)
     expected = without_others(block, block.o, x, [2, 3, 4, 5])
     torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
     assert "scaled_dot_product_attention" not in targets(graph.program)
@@ -151,7 +143,7 @@ def test_a_step_attends_with_its_kept_heads_to_keys_left_in_place(
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
 def test_attention_whose_mask_torch_makes_runs_on_all_heads(kv_heads: int) -> None:
-    graph, x = narrowed_step(block := CausalStep(kv_heads, lambda: None)), hidden(4, 1)
+    graph, x = narrowed(block := CausalStep(kv_heads, lambda: None), hidden(3, 1)), hidden(4, 1)
     expected = without_others(block, block.o, x, [2, 3, 4, 5])
     torch.testing.assert_close(graph.output(x, state=[torch.tensor([1, 2])]), expected)
     assert "scaled_dot_product_attention" in targets(graph.program)

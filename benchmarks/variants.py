@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, repeats: int, batch: int |
     parser.add_argument("--width-multiple", type=int, default=64, help="kept MLP widths are multiples of it")
     parser.add_argument("--probe-batch", type=float, default=0.05, help="share of samples probed")
     parser.add_argument("--probe-tokens", type=float, default=0.5, help="share of tokens probed")
+    parser.add_argument("--dense-below", type=int, default=0, help="batches of fewer tokens run dense")
     parser.add_argument("--method", choices=("pp", "spread"), default="pp", help="how what is kept is chosen")
     parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -55,6 +56,7 @@ def prune_config(args: argparse.Namespace) -> ppgraph.PruneConfig:
         width_multiple=args.width_multiple,
         probe_batch=args.probe_batch,
         probe_tokens=args.probe_tokens,
+        dense_below=args.dense_below,
     )
 
 

@@ -6,6 +6,7 @@
 Each prompt chooses its own heads and channels. The table scores decoding: the first half of each window of text is the
 prompt, the second half goes through the KV cache token by token, each given the true tokens before it. `decode` says
 what those steps run on: the prompt's selection (reuse), a selection of their own (probe), or the whole model (dense).
+With `dense_below` prompts that are too small for pruning to save time run dense, and all of their tokens choose.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
 import ppgraph
+from ppgraph.config import DECODE_MODES
 from ppgraph.loading import load_model, smollm2_path
 
 RATIO = 0.2
@@ -50,19 +52,20 @@ def main() -> None:
     if tokenizer is None:
         sys.exit(f"generate: {args.model} has no tokenizer; name a model that comes with one")
     calibration, windows = split(args.text, tokenizer)
+    configs: dict[str, dict[str, Any]] = {f"decode={decode!r}": {"decode": decode} for decode in DECODE_MODES}
+    configs["decode='reuse', dense_below=2000"] = {"dense_below": 2000}
     # Short texts on a small model don't pay for compiling: the rewritten graphs run as they are.
-    pruned = {
-        decode: ppgraph.transform(model, ratio=args.ratio, decode=decode, lowering="eager")
-        for decode in ("reuse", "probe", "dense")
+    pruned: dict[str, Any] = {
+        name: ppgraph.transform(model, ratio=args.ratio, lowering="eager", **config) for name, config in configs.items()
     }
     calibrate(pruned, calibration)
 
     for prompt in PROMPTS:
         print(f"\n# {prompt}")
         print_text("dense", answer(model, tokenizer, prompt))
-        print_text(f"pruned {args.ratio:.0%}", answer(pruned["reuse"], tokenizer, prompt))
+        print_text(f"pruned {args.ratio:.0%}", answer(pruned["decode='reuse'"], tokenizer, prompt))
 
-    models = {"the dense model": model} | {f"pruned, decode={name!r}": each for name, each in pruned.items()}
+    models = {"the dense model": model} | {f"pruned, {name}": each for name, each in pruned.items()}
     rows = [
         {"model": name, "perplexity of decoding": decode_perplexity(each, windows)} for name, each in models.items()
     ]

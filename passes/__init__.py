@@ -12,6 +12,7 @@ from ppgraph.passes.insert_score import InsertScore
 from ppgraph.passes.manager import run_passes
 from ppgraph.passes.observe_channels import ObserveChannels
 from ppgraph.passes.pack_weights import PackWeights
+from ppgraph.passes.probe_whole_batch import ProbeWholeBatch
 from ppgraph.passes.reuse_probe import ReuseProbe
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights
@@ -28,12 +29,19 @@ PRUNE: tuple[Pass, ...] = (
     ReuseProbe(),
     UpdateHistory(),
 )
+CHOOSE: tuple[Pass, ...] = (
+    FindSites(),
+    ProbeWholeBatch(),
+    InsertScore("probe_whole_batch"),
+    UpdateHistory("probe_whole_batch"),
+)
 REUSE: tuple[Pass, ...] = (FindSites(), ReuseSelection(), SelectWeights(), CompensateExit(), PackWeights())
 CALIBRATE: tuple[Pass, ...] = (FindSites(), ObserveChannels())
 
 __all__ = [
     "ANALYSE",
     "CALIBRATE",
+    "CHOOSE",
     "PRUNE",
     "REUSE",
     "Builder",

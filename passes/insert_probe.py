@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from ppgraph.config import PruneConfig
-from ppgraph.passes.base import Builder, PassResult, Program, same_size, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, Site, same_size, shape_of
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.token_axes import Prober, Sampling
 
@@ -69,7 +69,7 @@ class InsertProbe:
         for site in program.scored_sites:
             block: Block = program.analysis[site.name]
             build = Builder(program, block.exit_linear, self.name)
-            by_row = program.config.probe_choice == "spread" and site.kind == "mlp"
+            by_row = is_probed_by_row(program.config, site)
             sampling = (rows_of if by_row else sampling_of)(program, build, block.stream)
             gathered = program.shared.setdefault(("gathered", block.stream, sampling.rows), {})
             prober = Prober(block.probe, build, sampling, gathered)
@@ -80,6 +80,11 @@ class InsertProbe:
             program.shared["probe", site.name] = Probe(y, sampling, prober.linears())
             inserted += build.inserted
         return PassResult(inserted)
+
+
+def is_probed_by_row(config: PruneConfig, site: Site) -> bool:
+    """Whether a site is probed by single rows: those of no two samples need have a position in common."""
+    return config.probe_choice == "spread" and site.kind == "mlp"
 
 
 def padding_of(program: Program, build: Builder, stream: Node) -> Padding | None:
@@ -164,7 +169,7 @@ def _sampling(program: Program, build: Builder, stream: Node) -> Sampling:
         chosen = build.where(used, chosen, 0.0)
     by_sample = build(aten.linalg_vector_norm.default, chosen, 2, [1])
     best = build.highest_in_order(by_sample, sample_count)
-    return _placed(build, best, tokens, used, padding, (sample_count, token_count, length))
+    return placed(build, best, tokens, used, padding, (sample_count, token_count, length))
 
 
 def rows_of(program: Program, build: Builder, stream: Node) -> Sampling:
@@ -269,7 +274,7 @@ def _with_sink(build: Builder, tokens: Node, few: Node) -> Node:
     return build.where(few, build(aten.masked_fill.Scalar, swapped, sink, 0), tokens)
 
 
-def _placed(
+def placed(
     build: Builder,
     samples: Node,
     tokens: Node,

@@ -35,7 +35,9 @@ class InsertScore:
     """
 
     name = "insert_score"
-    requires: tuple[str, ...] = ("find_sites", "insert_probe")
+
+    def __init__(self, probed_by: str = "insert_probe") -> None:
+        self.requires: tuple[str, ...] = ("find_sites", probed_by)
 
     def __call__(self, program: Program) -> PassResult:
         outcome, config = PassResult(), program.config

@@ -1,8 +1,8 @@
 """Update the history: an exponential moving average of full inference's squared channels, for each position.
 
-Only kept channels are updated, only at positions with a real token, and only when every number of the batch is finite:
-all updates stand at the end of the graph, behind one flag, so a bad batch leaves the whole history as it was. Moments
-that the probe's rows have moved are taken over there too.
+Only channels that ran are updated (the kept ones, or all in a batch that runs dense), only at positions with a real
+token, and only when every number of the batch is finite: all updates stand at the end of the graph, behind one flag, so
+a bad batch leaves the whole history as it was. Moments that the probe's rows have moved are taken over there too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class UpdateHistory:
     """
 
     name = "update_history"
-    requires: tuple[str, ...] = ("find_sites", "select_weights")
+
+    def __init__(self, behind: str = "select_weights") -> None:
+        self.requires: tuple[str, ...] = ("find_sites", behind)
 
     def __call__(self, program: Program) -> PassResult:
         sites = program.scored_sites
@@ -40,7 +42,7 @@ class UpdateHistory:
         totals: list[Node] = []
         places = _behind_layers(program, sites) if moving else {}
         for site in sites:
-            place = places.get(site.name, program.shared["narrowed", site.name].next)
+            place = places.get(site.name, _behind_statistics(program, site))
             here = Builder(program, place, self.name)
             seen: list[Node] = [program.shared["statistics", site.name], *_moved_moments(program, site).values()]
             if moving:
@@ -74,6 +76,20 @@ def _behind_layers(program: Program, sites: Sequence[Site]) -> dict[str, Node]:
         if node in ending:
             places[ending[node]] = place
     return places
+
+
+def _runs_dense(program: Program) -> bool:
+    """Whether the blocks were left as they are, and all of their channels ran."""
+    return "select_weights" not in program.applied
+
+
+def _behind_statistics(program: Program, site: Site) -> Node:
+    """Where a site's channels and what its score was made of are known."""
+    if _runs_dense(program):
+        block: Block = program.analysis[site.name]
+        return block.exit_linear
+    narrowed: Node = program.shared["narrowed", site.name]
+    return narrowed.next
 
 
 def cut_between_layers(program: Program, sites: Sequence[Site], site: Site) -> None:
@@ -148,14 +164,18 @@ def copy_where(build: Builder, condition: Node, old: Node, new: Node) -> None:
 
 
 def _move(program: Program, build: Builder, site: Site, history: Node, observed: Node, whole: Node) -> None:
-    """g <- m·g + (1-m)·observed on kept channels, in place."""
+    """g <- m·g + (1-m)·observed on the channels that ran, in place."""
     momentum = program.config.history_momentum
+    runs_dense = _runs_dense(program)
     _, channels = program.shared["kept", site.name]
-    old = build.select(history, 1, channels)
+    old = history if runs_dense else build.select(history, 1, channels)
     new = build.add(build.mul(old, momentum), build.mul(observed, 1 - momentum))
     allowed = whole
     padding = program.shared.get("padding")
     if padding is not None:
         seen = build(aten.unsqueeze.default, padding.places, 1)
         allowed = build(aten.logical_and.default, seen, whole)
-    build(aten.index_copy_.default, history, 1, channels, build.where(allowed, new, old))
+    if runs_dense:
+        copy_where(build, allowed, old, new)
+    else:
+        build(aten.index_copy_.default, history, 1, channels, build.where(allowed, new, old))

@@ -32,6 +32,7 @@ from torch._dynamo.exc import (
 )
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
@@ -557,12 +558,26 @@ def own_symbols(module: GraphModule) -> Iterator[None]:
     With duck shapes one symbol stands for all sizes that happen to be equal: for samples and tokens of a square batch.
     A backend may only ask for a new trace; whether that one has duck shapes is a setting of the process, so it is off
     from here until Dynamo comes back.
+
+    Floats, which `dynamic=True` makes inputs, become constants: a graph that has been traced once more can't read them.
     """
     _OWN_SYMBOLS.close()
-    if any(_is_square(value) for value in placeholder_values(module)):
+    values = placeholder_values(module)
+    shared, floats = any(map(_is_square, values)), [name for value in values if (name := _float_symbol(value))]
+    for name in floats:
+        TensorifyState.specialize(name)
+    if shared:
         _OWN_SYMBOLS.enter_context(_symbolic_config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
-        raise TensorifyScalarRestartAnalysis(restart_reason="ppgraph: samples and tokens share a symbol")
+    if shared or floats:
+        raise TensorifyScalarRestartAnalysis(restart_reason="ppgraph: sizes share a symbol, or floats are inputs")
     yield
+
+
+def _float_symbol(value: Any) -> str:
+    """The symbol of a float that Dynamo passes as a tensor and was not asked to make constant; "" of all else."""
+    known = value.item_memo if isinstance(value, FakeTensor) else None
+    name = getattr(known.node._expr, "name", "") if isinstance(known, torch.SymFloat) else ""
+    return "" if TensorifyState.should_specialize(name) else name
 
 
 def _is_square(value: Any) -> bool:

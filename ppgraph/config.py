@@ -105,6 +105,9 @@ class PruneConfig:
         rescale_ratio: Raise the ratio of the other layers to make up for the skipped ones.
         width_multiple: Kept MLP widths are multiples of it.
         blocks: The blocks that are pruned, in the order `("attention", "mlp")`.
+        dense_below: Prompts (and other batches) of fewer tokens, samples times tokens, run dense: below the break-even
+            that is faster. All of their tokens choose what steps of decoding keep, and the history learns of all
+            channels.
         decode: Single-token steps `"reuse"` the last selection, run `"dense"`, or `"probe"` anew.
         strict: Raise where a block cannot be rewritten, instead of leaving it dense and saying so.
 
@@ -128,6 +131,7 @@ class PruneConfig:
     rescale_ratio: bool = True
     width_multiple: int = 64
     blocks: tuple[str, ...] = BLOCKS
+    dense_below: int = 0
     decode: str = "reuse"
     strict: bool = False
 
@@ -347,6 +351,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "rescale_ratio": _flag,
     "width_multiple": _integer(1),
     "blocks": _blocks,
+    "dense_below": _integer(0),
     "decode": _choice(DECODE_MODES),
     "strict": _flag,
 }

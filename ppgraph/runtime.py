@@ -32,7 +32,7 @@ from ppgraph.inspect.dump import observers
 from ppgraph.interrupts import interrupts_held_back
 from ppgraph.lowering import Compiled, lower, written_inputs
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
-from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Pass, Program, Site, run_passes
+from ppgraph.passes import ANALYSE, CALIBRATE, CHOOSE, PRUNE, REUSE, Pass, Program, Site, run_passes
 from ppgraph.passes.base import Packing, StateInput, same_size, shape_of
 from ppgraph.passes.find_sites import products_found
 from ppgraph.passes.operators import is_attention_softmax, is_fused_attention
@@ -43,7 +43,7 @@ from ppgraph.state import History
 
 log = logging.getLogger("ppgraph")
 
-Phase = Literal["prefill", "calibrate", "reuse", "dense"]
+Phase = Literal["prefill", "choose", "calibrate", "reuse", "dense"]
 # The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
 SELECTION = "_ppgraph_selection"
 # The attribute by which caches that count on the device carry what they counted: the tensor, its version, the number.
@@ -51,6 +51,7 @@ LENGTH = "_ppgraph_length"
 
 _PASSES: dict[Phase, tuple[Pass, ...]] = {
     "prefill": PRUNE,
+    "choose": CHOOSE,
     "calibrate": CALIBRATE,
     "reuse": REUSE,
     "dense": ANALYSE,
@@ -155,7 +156,8 @@ class Runtime:
     def compile(self, module: GraphModule, phase: Phase | None = None, positional: Sequence[str] = ()) -> Compiled:
         """Rewrite and lower a graph from Dynamo; the result takes the same inputs and gives the same outputs.
 
-        Without a `phase` the graph tells: one token that attends to more than itself is a step of decoding.
+        Without a `phase` the graph tells: one token that attends to more than itself is a step of decoding. A prompt
+        that is too small to be pruned chooses (`PruneConfig.dense_below`).
         `positional` are the names of arguments that were given by position.
         """
         start = time.perf_counter()
@@ -164,7 +166,10 @@ class Runtime:
             program, _ = capture(module, self.config, positional)
             program.allocation = self.history.kept_here()
             code = _torch.traced_code() if phase is None else None
-            phase = phase or self.step_phase(is_decoding_step(program))
+            is_step = is_decoding_step(program)
+            phase = phase or self.step_phase(is_step)
+            if phase == "prefill" and not is_step and program.batch and self.runs_dense(*program.batch):
+                phase = "choose"
             program.observer = observers(phase)
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
@@ -196,9 +201,13 @@ class Runtime:
             log.warning(
                 "pruning is predicted to slow this batch of %d x %d tokens down (%.2f of dense's speed): the probe and "
                 "the selection of weights take longer than what they save. Larger batches pay: `ppgraph explain` names "
-                "the break-even",
+                "the break-even, and PruneConfig(dense_below=tokens) lets prompts below it run dense",
                 samples, tokens, speedup,
             )  # fmt: skip
+
+    def runs_dense(self, samples: int, tokens: int) -> bool:
+        """Whether a prompt runs dense; asked of symbolic sizes, it becomes a guard of their graph."""
+        return self.config.dense_below > 0 and bool(samples * tokens < self.config.dense_below)
 
     def step_phase(self, is_step: bool) -> Phase:
         """The phase of a call: prefill, or what the config does with a single-token step."""
@@ -357,9 +366,11 @@ class Runtime:
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
             return program.module
-        if phase not in ("reuse", "dense"):
+        if phase in ("prefill", "calibrate"):
             return lower(program, self.options)
-        program.cuts.clear()  # a step of one token is over sooner than the calls that cuts make
+        program.cuts.clear()  # a step of one token, or a small prompt, is over sooner than the calls that cuts make
+        if phase == "choose":
+            return lower(program, self.options)
         # Nobody has recorded what ranks exchange yet.
         if program.sharded or not _torch.wants_cuda_graphs(self.options, _device(program)):
             return lower(program, self.options)
@@ -380,7 +391,7 @@ class GraphRunner:
         self._results = list(program.results)
         self._sites = {site.name: site for site in program.pruned_sites}
         self._checked = program.checked
-        self._allocation, self._prunes = program.allocation, "select_weights" in program.applied
+        self._allocation, self._prunes = program.allocation, phase not in ("dense", "calibrate")
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
         self._takes_shares = bool(program.sharded)
@@ -520,7 +531,8 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results, by_token, shape)
             self._runtime.statistics.add(results, self._runtime.sites or [])
-        elif self._phase == "prefill":  # the config removes nothing: steps that go on from here have that to keep to
+        elif self._phase in ("prefill", "choose"):
+            # The config removes nothing: steps that go on from here have that to keep to.
             self._runtime.keep_selection({}, {}, shape)
 
 

@@ -145,6 +145,7 @@ def configs(draw: st.DrawFn, layers: int) -> dict[str, Any]:
         "width_multiple": draw(st.sampled_from((8, 1, 3, 16, 64))),
         "blocks": draw(st.sampled_from((("attention", "mlp"), ("mlp",), ("attention",)))),
         "decode": draw(st.sampled_from(("reuse", "dense", "probe"))),
+        "dense_below": draw(st.sampled_from((0, 0, 0, 20, 1000))),
     }
     if method == "pp":
         found |= {
@@ -420,6 +421,7 @@ def reference_of(case: Case, dense: Any, config: ppgraph.PruneConfig) -> Watched
         "probe_tokens",
         "probe_choice",
         "dense_tokens",
+        "dense_below",
         "history_momentum",
         "skip_layers",
         "rescale_ratio",
@@ -473,14 +475,17 @@ class Judge:
             selection = self.pruned.ppgraph.selection()
             if is_step and self.config.decode == "reuse":
                 _require(_same(selection, prompted), "a step of decoding has another selection than its prompt")
-            chosen = {} if is_step and self.config.decode == "dense" else selection
+            is_small = not is_step and inputs["input_ids"].numel() < self.config.dense_below
+            chosen = {} if is_small or (is_step and self.config.decode == "dense") else selection
             self._require_selection(selection)
             differing = {} if is_step and self.config.decode == "reuse" else self.pruned.ppgraph.dense_tokens()
+            _require(not (is_small and differing), "tokens of a prompt that runs dense keep fewer channels")
             expected, seen = self._expected(inputs, other, chosen, differing if chosen else {})
             self._require_logits(logits, expected, inputs)
             if not is_step or self.config.decode == "probe":
                 narrowed = {site: others for site, (_, others) in differing.items()}
-                self._follow(inputs, seen, selection | narrowed, cached_tokens)
+                every = {site: torch.arange(seen[site].shape[-1]) for site in selection}
+                self._follow(inputs, seen, every if is_small else selection | narrowed, cached_tokens)
             if cached_tokens == 0 and self.reference is not None:
                 self._compare_with_reference(inputs, logits, selection)
             prompted = prompted if is_step else selection

@@ -566,6 +566,7 @@ class Reference:
         probe_tokens: float = 0.5,
         probe_choice: str = "largest",
         dense_tokens: float = 0.0,
+        dense_below: int = 0,
         history_momentum: float = 0.99,
         skip_layers: int = 3,
         rescale_ratio: bool = True,
@@ -582,7 +583,7 @@ class Reference:
             raise ValueError("the model must be in eval mode")
         self.adapter: Adapter = ADAPTERS[model.config.model_type](model)
         self.probe_batch, self.probe_tokens, self.probe_choice = probe_batch, probe_tokens, probe_choice
-        self.dense_tokens = dense_tokens
+        self.dense_tokens, self.dense_below = dense_tokens, dense_below
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
@@ -672,7 +673,7 @@ class Reference:
         return seen
 
     def update_history(self, block: Block, y: Tensor, real: Tensor, units: Tensor) -> None:
-        """Step 8: moving average, kept channels only, of y [B, S, kept channels] of full inference."""
+        """Step 8: moving average, of the channels that ran, of y [B, S, kept channels] of full inference."""
         m, mean, channels = self.history_momentum, mean_square(y, real), block.channels(units)
         seen = self.grow_history(block, real)
         g = self.history[block.site]
@@ -692,9 +693,15 @@ class Reference:
     # Steps 1 - 7: which units stay, for this batch
 
     def fused_statistic(
-        self, block: Block, residual: Tensor, x: Tensor, positional: Sequence[Tensor], real: Tensor
+        self,
+        block: Block,
+        residual: Tensor,
+        x: Tensor,
+        positional: Sequence[Tensor],
+        real: Tensor,
+        everything: bool = False,
     ) -> Tensor:
-        """F [C] of steps 1 - 5."""
+        """F [C] of steps 1 - 5; of all samples and tokens where full inference shows `everything`."""
         if self.flap:
             known = self.fluctuation[block.site].variance
             return known[: int(real.any(dim=0).sum())].sum(dim=0)
@@ -702,9 +709,12 @@ class Reference:
             length = int(real.any(dim=0).sum())
             return self.history_at(block, torch.arange(length)).sum(dim=0)
         if self.probe_choice == "spread" and block.kind == "mlp":
-            return self.averaged_statistic(block, x, positional, real)
+            return self.averaged_statistic(block, x, positional, real, Fraction(1) if everything else None)
         n = residual.float().square().sum(dim=-1).sqrt()
-        samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens)
+        if everything:
+            samples, tokens = torch.arange(len(real)), real.any(dim=0).nonzero()[:, 0]
+        else:
+            samples, tokens = probed_places(n, real, self.probe_batch, self.probe_tokens)
         probe = [t[samples][:, tokens] for t in (x, real, *positional)]
         y = self.full_exit_input(block, probe[0], probe[2:], probe[1], torch.arange(block.units))
         p = mean_square(y, probe[1])
@@ -712,9 +722,16 @@ class Reference:
             return p.sum(dim=0)
         return fuse(p, self.history_at(block, tokens))
 
-    def averaged_statistic(self, block: Block, x: Tensor, positional: Sequence[Tensor], real: Tensor) -> Tensor:
+    def averaged_statistic(
+        self,
+        block: Block,
+        x: Tensor,
+        positional: Sequence[Tensor],
+        real: Tensor,
+        fraction: Fraction | None = None,
+    ) -> Tensor:
         """F [C] where single rows are probed: their average, fused with the average of the history."""
-        rows, units = spread_rows(real, self.probed_share()), torch.arange(block.units)
+        rows, units = spread_rows(real, fraction or self.probed_share()), torch.arange(block.units)
         y = torch.cat(
             [x.new_zeros(0, block.width)]
             + [block.exit_input(x[b, [j]], [t[b, [j]] for t in positional], units) for b, j in rows]
@@ -790,17 +807,20 @@ class Reference:
         for block in self.adapter.blocks:
             x = block.norm(residual)
             pruned = self.is_pruned(block) and not calibrating
+            runs_dense = pruned and input_ids.numel() < self.dense_below
             units = torch.arange(block.units)
             if pruned:
-                f = self.fused_statistic(block, residual, x, positional, real)
+                f = self.fused_statistic(block, residual, x, positional, real, runs_dense)
                 scores = self.score(f, block.exit_weight(), block.unit_size)
-                units = self.chosen(block, scores)
-                selection[block.site] = block.channels(units)
+                kept = self.chosen(block, scores)
+                selection[block.site] = block.channels(kept)
+                units = units if runs_dense else kept
+            pruned = pruned and not runs_dense
             differs = pruned and self.dense_tokens and block.kind == "mlp" and real.numel() > 1
             if differs:
                 units = self.chosen(block, scores, self.others_kept(block))
             y = self.full_exit_input(block, x, positional, real, units)
-            if pruned and self.statistics == "fused":
+            if (pruned or runs_dense) and self.statistics == "fused":
                 self.update_history(block, y, real, units)
             if calibrating and self.flap and self.may_prune(block):
                 self.fluctuation.setdefault(block.site, Fluctuation(block.width)).add(y, real)

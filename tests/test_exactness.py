@@ -82,7 +82,8 @@ def compare(
             assert torch.equal(dense[name][0] & real, tokens), name
             assert torch.equal(dense[name][1], others), name
         assert relative(logits[real], expected.logits[real]) < 1e-5
-        masked = masked_dense_logits(model, selection, dense=dense, **inputs)
+        runs_dense = inputs["input_ids"].numel() < config.get("dense_below", 0)
+        masked = masked_dense_logits(model, {} if runs_dense else selection, dense=dense, **inputs)
         assert relative(logits[real], masked[real]) < 1e-5
     for name, history in reference.history.items():
         held = pruned.ppgraph.history[name][: len(history)]
@@ -123,6 +124,10 @@ def test_four_stateful_batches_equal_the_reference(kv_heads: int, bias: bool, ra
         {"probe_choice": "spread", "dense_tokens": 0.3},
         {"probe_choice": "spread", "dense_tokens": 0.8, "statistics": "probe", "width_multiple": 1},
         {"history_momentum": 1.0},
+        {"dense_below": 50},
+        {"dense_below": 1000, "statistics": "history"},
+        {"dense_below": 67, "probe_choice": "spread", "dense_tokens": 0.3},
+        pytest.param({"dense_below": 1000, "statistics": "probe"}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

@@ -498,6 +498,23 @@ def test_own_symbols_make_dynamo_trace_again() -> None:
     assert _torch.expression(own[0]) != _torch.expression(own[1])
 
 
+def test_floats_become_constants_in_the_trace_that_own_symbols_ask_for() -> None:
+    inputs: list[int] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        inputs.append(len(values))
+        with _torch.own_symbols(graph):
+            return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, factor: x * factor, backend=backend, dynamic=True)
+    for factor in (0.5, 2.0):
+        assert torch.equal(compiled(torch.ones(3, 5), factor), torch.full((3, 5), factor))
+    with_float, without, *again = inputs
+    assert without == with_float - 1
+    assert again[-1] == without
+
+
 def test_a_backend_that_raises_what_inductor_raises_for_floats_is_called_again() -> None:
     calls = []
 

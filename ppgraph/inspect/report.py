@@ -61,9 +61,11 @@ class BatchCost:
         Where the last call was none (a step of decoding, calibration), it is the batch that the newest graph was
         captured for.
         """
-        prefills = [record for record in reversed(runtime.graphs) if record.phase == "prefill"]
+        prefills = [record for record in reversed(runtime.graphs) if record.phase in ("prefill", "choose")]
         for record in prefills if runtime.last_shape else ():
             assert runtime.last_shape is not None
+            if (record.phase == "choose") != runtime.runs_dense(*runtime.last_shape):
+                continue
             sizes = Sizes.of_batch(record.captured.graph, record.batch, runtime.last_shape)
             if sizes is not None:
                 return cls._of_graph(record, sizes)

@@ -24,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ppgraph._torch import call_on_fakes, expression, trace
 from ppgraph.config import PruneConfig
 from ppgraph.errors import MethodError
+from ppgraph.kernels import HIGHEST
 
 Kind = Literal["attention", "mlp"]
 Role = Literal["history", "moment", "centre", "weight_term", "rows", "seen", "units", "packed"]
@@ -405,7 +406,7 @@ class Builder:
     def highest_in_order(self, scores: Node, count: Any) -> Node:
         """Indices of the `count` highest of a vector, ascending; of equal scores the lower index wins."""
         if scores.meta["val"].device.type == "cpu":
-            return self.ascending(self.highest(scores, count))
+            return self(HIGHEST, scores, count)  # type: ignore[no-any-return]
         return self.in_order_by_rank(scores, count)
 
     def in_order_by_rank(self, scores: Node, count: Any) -> Node:

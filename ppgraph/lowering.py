@@ -23,6 +23,7 @@ from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
+from ppgraph.kernels import COLUMNS
 from ppgraph.passes.base import Builder, Program, shape_of, signature
 from ppgraph.passes.operators import argument, is_fused_attention
 
@@ -65,35 +66,13 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
     return whole.forward
 
 
-def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The columns `index` [C'] int64 of `matrix` [D, C] on a CPU, [D, C']: the operator `ppgraph::columns`.
-
-    By torch's kernel of `gather`; Inductor's own loop over single elements takes more than twice as long in float32 and
-    four times in bfloat16 (AVX2; `benchmarks/NOTES.md`).
-    """
-    # Of two bytes whole numbers are gathered faster than bfloat16.
-    items = matrix.view(torch.int16) if matrix.itemsize == 2 else matrix
-    return items.gather(1, index.expand(matrix.shape[0], -1)).view(matrix.dtype)
-
-
-def fake_columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """What `columns` gives, without its values."""
-    return matrix.new_empty((matrix.shape[0], index.shape[0]))
-
-
-# `custom_op` would put Python of its own around each call, as long as the gather of a small history.
-torch.library.define("ppgraph::columns", "(Tensor matrix, Tensor index) -> Tensor")
-torch.library.impl("ppgraph::columns", "cpu", columns)
-torch.library.register_fake("ppgraph::columns", fake_columns)
-
-
 def _gather_columns(program: Program) -> None:
     """Have weights and histories on CPUs lose columns by `columns`; what a kernel makes is better gathered in it."""
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.index_select.default):
         matrix, dim, index = node.args
         held = matrix.op == "placeholder" and not _off_the_cpu(matrix)
         if held and (dim, len(shape_of(matrix))) == (1, 2):
-            node.target, node.args = torch.ops.ppgraph.columns.default, (matrix, index)
+            node.target, node.args = COLUMNS, (matrix, index)
 
 
 def _add_masks(program: Program) -> None:

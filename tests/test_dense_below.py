@@ -52,8 +52,18 @@ def test_all_of_a_small_prompt_chooses(inputs: dict[str, torch.Tensor]) -> None:
     assert set(pruned.ppgraph.selection()) == set(everything.ppgraph.selection())
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("decode", ["reuse", "probe", "dense"])
+@pytest.mark.parametrize(
+    ("decode", "cache"),
+    [
+        ("reuse", "dynamic"),
+        ("probe", "static"),
+        ("dense", "dynamic"),
+        *(
+            pytest.param(decode, cache, marks=pytest.mark.thorough)
+            for decode, cache in (("reuse", "static"), ("probe", "dynamic"), ("dense", "static"))
+        ),
+    ],
+)
 def test_conversations_equal_the_masked_dense_model(decode: str, cache: str) -> None:
     turns = Batch(samples=2, length=7, padding="left", turns=(1, 1, 3, 1))
     config = {**SIZES, "ratio": 0.4, "decode": decode, "dense_below": 10}

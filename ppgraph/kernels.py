@@ -1,12 +1,16 @@
-"""Operators of ppgraph's own on CPUs, for what torch has no fast kernel: `ppgraph::columns` and `ppgraph::highest`.
-
-Compiled or not, a graph calls them; Inductor takes them as they are.
-"""
+"""Operators of ppgraph's own on CPUs, for what torch has no fast kernel; Inductor takes them as they are."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+# Queries of one product with the keys that any of them sees; fewer gain less, and batches of less than two blocks
+# nothing (`benchmarks/NOTES.md`).
+QUERIES = 256
 
 
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -47,6 +51,80 @@ def fake_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.new_empty((count,), dtype=torch.int64)
 
 
+def seen_keys(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys queries see, by a mask [B, H, S, K] on a CPU that is added to scores: [blocks, 2] int64.
+
+    For each block of `QUERIES` queries the first key that any sample's see, and the one behind the last. All keys where
+    there are less than two blocks.
+    """
+    queries, keys = mask.shape[-2:]
+    bounds = torch.tensor([0, keys]).repeat(_blocks(queries), 1)
+    if queries < 2 * QUERIES:
+        return bounds
+    highest_of_all = mask.amax((0, 1))
+    for block, rows in enumerate(highest_of_all.split(QUERIES)):
+        places = (rows != -math.inf).any(0).nonzero()
+        # Where queries see nothing, one key is left to make of that what the kernel does.
+        bounds[block] = torch.cat((places[0], places[-1] + 1)) if len(places) else torch.tensor([0, 1])
+    return bounds
+
+
+def fake_seen_keys(mask: torch.Tensor) -> torch.Tensor:
+    """What `seen_keys` gives, without its values."""
+    return mask.new_empty((_blocks(mask.shape[-2]), 2), dtype=torch.int64)
+
+
+def _blocks(queries: int) -> int:
+    return (queries + QUERIES - 1) // QUERIES
+
+
+def attention_by_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` [B, H, S, D] on a CPU, of each block of queries with the keys that it sees.
+
+    `bounds` are what `seen_keys` makes of the mask. Torch's kernel goes through all keys of a mask that hides the
+    future, and leaves out half of the work only where it is told to be causal; which masks of padding, windows or
+    packed texts are not.
+    """
+    if query.shape[-2] < 2 * QUERIES:
+        whole = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+        return whole.transpose(1, 2).contiguous().transpose(1, 2)
+    pieces = []
+    for block, (first, last) in enumerate(bounds.tolist()):
+        rows, keys = slice(block * QUERIES, (block + 1) * QUERIES), slice(first, last)
+        attended = scaled_dot_product_attention(
+            query[:, :, rows],
+            key[:, :, keys],
+            value[:, :, keys],
+            mask[:, :, rows, keys],
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        pieces.append(attended.transpose(1, 2))
+    return torch.cat(pieces, 1).transpose(1, 2)
+
+
+def fake_attention_by_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    bounds: torch.Tensor,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What `attention_by_blocks` gives, without its values: heads are the inner dimension, as in torch's own kernel."""
+    samples, heads, queries, _ = query.shape
+    return query.new_empty((samples, queries, heads, value.shape[-1])).transpose(1, 2)
+
+
 # `custom_op` would put Python of its own around each call, as long as the gather of a small history.
 torch.library.define("ppgraph::columns", "(Tensor matrix, Tensor index) -> Tensor")
 torch.library.impl("ppgraph::columns", "cpu", columns)
@@ -54,6 +132,17 @@ torch.library.register_fake("ppgraph::columns", fake_columns)
 torch.library.define("ppgraph::highest", "(Tensor scores, SymInt count) -> Tensor")
 torch.library.impl("ppgraph::highest", "cpu", highest)
 torch.library.register_fake("ppgraph::highest", fake_highest)
+torch.library.define("ppgraph::seen_keys", "(Tensor mask) -> Tensor")
+torch.library.impl("ppgraph::seen_keys", "cpu", seen_keys)
+torch.library.register_fake("ppgraph::seen_keys", fake_seen_keys)
+torch.library.define(
+    "ppgraph::attention_by_blocks",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor bounds, float? scale, bool enable_gqa) -> Tensor",
+)
+torch.library.impl("ppgraph::attention_by_blocks", "cpu", attention_by_blocks)
+torch.library.register_fake("ppgraph::attention_by_blocks", fake_attention_by_blocks)
 
 COLUMNS = torch.ops.ppgraph.columns.default
 HIGHEST = torch.ops.ppgraph.highest.default
+SEEN_KEYS = torch.ops.ppgraph.seen_keys.default
+ATTENTION_BY_BLOCKS = torch.ops.ppgraph.attention_by_blocks.default

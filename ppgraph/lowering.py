@@ -3,7 +3,7 @@
 Layers of a model are the same graph on other weights. Compiled as one graph they cost compile time each; cut apart
 behind the streams that enter them (`Program.cuts`), Inductor compiles one of a kind and the others call it. What a cut
 costs at run time is one call in Python, and that the stream's last addition is not fused with the norm that reads it.
-On CPUs weights lose their columns by an operator of ppgraph's own, and masks are made ready for attention once.
+On CPUs operators of ppgraph's own (`ppgraph.kernels`) take columns off weights and attend to keys that masks show.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.kernels import COLUMNS
-from ppgraph.passes.base import Builder, Program, shape_of, signature
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, QUERIES, SEEN_KEYS
+from ppgraph.passes.base import Builder, Program, same_size, shape_of, signature
 from ppgraph.passes.operators import argument, is_fused_attention
 
 log = logging.getLogger("ppgraph")
@@ -45,6 +45,7 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
     """
     _gather_columns(program)
     _add_masks(program)
+    _attend_by_blocks(program)
     if not program.cuts:
         return _compiled([program.module], options)[0]
     whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)
@@ -93,6 +94,39 @@ def _add_masks(program: Program) -> None:
                 hidden = build(torch.ops.aten.logical_not.default, mask)
                 added[key] = build(torch.ops.aten.masked_fill.Scalar, nothing, hidden, -math.inf)
             node.replace_input_with(mask, added[key])
+
+
+def _attend_by_blocks(program: Program) -> None:
+    """Have attention on CPUs leave out keys that a block of its queries does not see; the mask tells, when it runs."""
+    bounds: dict[Node, Node] = {}
+    for node in [*program.graph.nodes]:
+        if not is_fused_attention(node) or not _has_blocks(node):
+            continue
+        query, key, value, mask = node.args[0], node.args[1], node.args[2], argument(node, 3, "attn_mask")
+        if mask not in bounds:
+            place = program.first_call() if mask.op == "placeholder" else mask.next
+            bounds[mask] = Builder(program, place, "lowering")(SEEN_KEYS, mask)
+        settings = (argument(node, number, name) for number, name in ((6, "scale"), (7, "enable_gqa")))
+        scale, enable_gqa = settings
+        build = Builder(program, node, "lowering")
+        attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[mask], scale, bool(enable_gqa))
+        node.replace_all_uses_with(attended)
+        program.graph.erase_node(node)
+
+
+def _has_blocks(node: Node) -> bool:
+    """Whether an attention may have enough queries, each with its row of a mask, and lays out what it gives as ours."""
+    query, mask = node.args[0], argument(node, 3, "attn_mask")
+    if not isinstance(mask, Node) or _off_the_cpu(mask) or not mask.meta["val"].is_floating_point():
+        return False
+    assert isinstance(query, Node)
+    queries, rank = shape_of(query)[-2], len(shape_of(query))
+    if rank != 4 or len(shape_of(mask)) != 4 or not same_size(shape_of(mask)[2], queries):
+        return False
+    is_small = isinstance(queries, int) and queries < 2 * QUERIES
+    dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
+    attended = node.meta["val"]
+    return not (is_small or dropout or is_causal) and attended.transpose(1, 2).is_contiguous()
 
 
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ppgraph.kernels import COLUMNS, HIGHEST
+from ppgraph import kernels
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST, SEEN_KEYS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -31,3 +32,43 @@ def test_the_highest_are_those_that_sorting_finds(dtype: torch.dtype, count: int
 def test_what_is_no_number_counts_as_the_highest_and_infinities_are_numbers() -> None:
     assert HIGHEST(torch.tensor([1.0, math.nan, 2, math.nan, 3]), 3).tolist() == [1, 3, 4]
     assert HIGHEST(torch.tensor([-math.inf, 1.0, math.inf, -math.inf]), 3).tolist() == [0, 1, 2]
+
+
+def hidden(*seen: tuple[int, int, int]) -> torch.Tensor:
+    """[2, 1, 12, 12], -inf but for a key from `first` to `last` of query `row`: (row, first, last)."""
+    mask = torch.full((2, 1, 12, 12), -math.inf)
+    for row, first, last in seen:
+        mask[row % 2, 0, row, first : last + 1] = 0.0
+    return mask
+
+
+def test_of_each_block_of_queries_all_keys_are_seen_that_any_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "QUERIES", 4)
+    mask = hidden((0, 0, 1), (3, 2, 3), (5, 4, 4), (6, 3, 3))
+    assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [0, 1]]
+    assert SEEN_KEYS(mask[:, :, :7]).tolist() == [[0, 12], [0, 12]]  # less than two blocks
+    mask[0, 0, 9, 7] = math.nan
+    mask[1, 0, 11, 11] = -1e30
+    assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [7, 12]]
+    torch.library.opcheck(SEEN_KEYS, (mask,))
+
+
+@pytest.mark.parametrize("queries", [5, 8, 11])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_by_blocks_is_attention(queries: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "QUERIES", 4)
+    torch.manual_seed(queries)
+    query = torch.randn(3, queries, 4, 8).transpose(1, 2)
+    key, value = (torch.randn(3, 4 // groups, queries, 8) for _ in range(2))
+    places = torch.arange(queries)
+    sees = (places <= places[:, None]) & (places > places[:, None] - 3)  # a window
+    mask = torch.zeros(3, 1, queries, queries).masked_fill(~sees, -math.inf)
+    mask[0, :, :, 0] = -math.inf  # padding: the first query of that sample sees nothing
+    given = (query, key, value, mask, SEEN_KEYS(mask), 0.3, groups > 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=0.3, enable_gqa=groups > 1
+    )
+    found = ATTENTION_BY_BLOCKS(*given)
+    assert found.stride() == query.stride()
+    torch.testing.assert_close(found, expected)
+    torch.library.opcheck(ATTENTION_BY_BLOCKS, given)

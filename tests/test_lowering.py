@@ -12,9 +12,9 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import ppgraph
-from ppgraph import _torch
+from ppgraph import _torch, kernels, lowering
 from ppgraph.errors import LoweringError
-from ppgraph.kernels import COLUMNS, HIGHEST
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST
 from ppgraph.lowering import structure, written_inputs
 from ppgraph.passes.base import Program
 from ppgraph.passes.operators import is_fused_attention
@@ -72,11 +72,37 @@ def test_masks_are_made_ready_for_attention_once_for_all_layers(
 ) -> None:
     pruned = ppgraph.transform(model(4, 3).to(dtype), **{**OPTIONS, "lowering": "inductor"})
     pruned(**prompts(3, 11, padded=True), use_cache=False)
-    reading = [node for part in compiled for node in part.graph.nodes if is_fused_attention(node)]
+    reading = [node for part in compiled for node in part.graph.nodes if node.target is ATTENTION_BY_BLOCKS]
     assert len(reading) == 2  # a layer's probe and its full inference
     assert {node.args[3].meta["val"].dtype for node in reading} == {dtype}
     _, full = sorted(reading, key=lambda node: len(node.args[3].all_input_nodes), reverse=True)
     assert full.args[3].op == "placeholder"
+
+
+def test_attention_that_has_no_blocks_stays_torchs_own(compiled: list[GraphModule]) -> None:
+    """That of steps, with one query."""
+    pruned = ppgraph.transform(model(4, 2), decode="dense", **{**OPTIONS, "lowering": "inductor"})
+    pruned.generate(prompts(2, 5, padded=False)["input_ids"], max_new_tokens=3, do_sample=False)
+    step = compiled[-1]
+    assert [node.target for node in step.graph.nodes if node.target is ATTENTION_BY_BLOCKS] == []
+    assert any(is_fused_attention(node) for node in step.graph.nodes)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_by_blocks_equals_the_masked_dense_model(
+    padded: bool, compiled: list[GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (kernels, lowering):
+        monkeypatch.setattr(module, "QUERIES", 4)
+    dense = model(4, 2)
+    pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
+    for length in (7, 8, 19):
+        inputs = prompts(3, length, padded=padded)
+        found = pruned(**inputs, use_cache=False).logits
+        real = inputs.get("attention_mask", torch.ones(3, length)).bool()
+        expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert len(pruned.ppgraph.graphs) == 1
 
 
 def test_inputs_that_a_graph_writes_to_are_told_through_views_too() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Queries of one product with the keys that any of them sees; fewer gain less, and batches of less than two blocks
+# Queries of one product with the keys that any of them sees, and from how many queries or keys on: fewer gain less or
 # nothing (`benchmarks/NOTES.md`).
 QUERIES = 256
+WORTHWHILE = 512
 
 
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -55,11 +56,11 @@ def seen_keys(mask: torch.Tensor) -> torch.Tensor:
     """Which keys queries see, by a mask [B, H, S, K] on a CPU that is added to scores: [blocks, 2] int64.
 
     For each block of `QUERIES` queries the first key that any sample's see, and the one behind the last. All keys where
-    there are less than two blocks.
+    they are few.
     """
     queries, keys = mask.shape[-2:]
     bounds = torch.tensor([0, keys]).repeat(_blocks(queries), 1)
-    if queries < 2 * QUERIES:
+    if max(queries, keys) < WORTHWHILE:
         return bounds
     highest_of_all = mask.amax((0, 1))
     for block, rows in enumerate(highest_of_all.split(QUERIES)):
@@ -93,7 +94,7 @@ def attention_by_blocks(
     future, and leaves out half of the work only where it is told to be causal; which masks of padding, windows or
     packed texts are not.
     """
-    if query.shape[-2] < 2 * QUERIES:
+    if max(query.shape[-2], key.shape[-2]) < WORTHWHILE:
         whole = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
         return whole.transpose(1, 2).contiguous().transpose(1, 2)
     pieces = []

@@ -23,9 +23,9 @@ from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, QUERIES, SEEN_KEYS
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, SEEN_KEYS
 from ppgraph.passes.base import Builder, Program, same_size, shape_of, signature
-from ppgraph.passes.operators import argument, is_fused_attention
+from ppgraph.passes.operators import argument, is_fused_attention, is_one
 
 log = logging.getLogger("ppgraph")
 
@@ -106,16 +106,15 @@ def _attend_by_blocks(program: Program) -> None:
         if mask not in bounds:
             place = program.first_call() if mask.op == "placeholder" else mask.next
             bounds[mask] = Builder(program, place, "lowering")(SEEN_KEYS, mask)
-        settings = (argument(node, number, name) for number, name in ((6, "scale"), (7, "enable_gqa")))
-        scale, enable_gqa = settings
+        scale, enable_gqa = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
         build = Builder(program, node, "lowering")
-        attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[mask], scale, bool(enable_gqa))
+        attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[mask], scale, enable_gqa)
         node.replace_all_uses_with(attended)
         program.graph.erase_node(node)
 
 
 def _has_blocks(node: Node) -> bool:
-    """Whether an attention may have enough queries, each with its row of a mask, and lays out what it gives as ours."""
+    """Whether an attention has several queries, each with its row of a mask, and lays out what it gives as ours."""
     query, mask = node.args[0], argument(node, 3, "attn_mask")
     if not isinstance(mask, Node) or _off_the_cpu(mask) or not mask.meta["val"].is_floating_point():
         return False
@@ -123,10 +122,9 @@ def _has_blocks(node: Node) -> bool:
     queries, rank = shape_of(query)[-2], len(shape_of(query))
     if rank != 4 or len(shape_of(mask)) != 4 or not same_size(shape_of(mask)[2], queries):
         return False
-    is_small = isinstance(queries, int) and queries < 2 * QUERIES
     dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
     attended = node.meta["val"]
-    return not (is_small or dropout or is_causal) and attended.transpose(1, 2).is_contiguous()
+    return not (is_one(queries) or dropout or is_causal) and attended.transpose(1, 2).is_contiguous()
 
 
 def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> list[Compiled]:

@@ -44,9 +44,11 @@ def hidden(*seen: tuple[int, int, int]) -> torch.Tensor:
 
 def test_of_each_block_of_queries_all_keys_are_seen_that_any_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "QUERIES", 4)
+    monkeypatch.setattr(kernels, "WORTHWHILE", 12)
     mask = hidden((0, 0, 1), (3, 2, 3), (5, 4, 4), (6, 3, 3))
     assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [0, 1]]
-    assert SEEN_KEYS(mask[:, :, :7]).tolist() == [[0, 12], [0, 12]]  # less than two blocks
+    assert SEEN_KEYS(mask[:, :, :2]).tolist() == [[0, 2]]  # few queries, many slots of a cache
+    assert SEEN_KEYS(mask[:, :, :7, :7]).tolist() == [[0, 7], [0, 7]]  # few of both
     mask[0, 0, 9, 7] = math.nan
     mask[1, 0, 11, 11] = -1e30
     assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [7, 12]]
@@ -57,6 +59,7 @@ def test_of_each_block_of_queries_all_keys_are_seen_that_any_sees(monkeypatch: p
 @pytest.mark.parametrize("groups", [1, 2])
 def test_attention_by_blocks_is_attention(queries: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "QUERIES", 4)
+    monkeypatch.setattr(kernels, "WORTHWHILE", 8)
     torch.manual_seed(queries)
     query = torch.randn(3, queries, 4, 8).transpose(1, 2)
     key, value = (torch.randn(3, 4 // groups, queries, 8) for _ in range(2))

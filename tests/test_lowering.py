@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import ppgraph
-from ppgraph import _torch, kernels, lowering
+from ppgraph import _torch, kernels
 from ppgraph.errors import LoweringError
 from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST
 from ppgraph.lowering import structure, written_inputs
@@ -92,8 +92,8 @@ def test_attention_that_has_no_blocks_stays_torchs_own(compiled: list[GraphModul
 def test_attention_by_blocks_equals_the_masked_dense_model(
     padded: bool, compiled: list[GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (kernels, lowering):
-        monkeypatch.setattr(module, "QUERIES", 4)
+    monkeypatch.setattr(kernels, "QUERIES", 4)
+    monkeypatch.setattr(kernels, "WORTHWHILE", 8)
     dense = model(4, 2)
     pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
     for length in (7, 8, 19):

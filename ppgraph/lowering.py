@@ -103,14 +103,22 @@ def _attend_by_blocks(program: Program) -> None:
         if not is_fused_attention(node) or not _has_blocks(node):
             continue
         query, key, value, mask = node.args[0], node.args[1], node.args[2], argument(node, 3, "attn_mask")
-        if mask not in bounds:
-            place = program.first_call() if mask.op == "placeholder" else mask.next
-            bounds[mask] = Builder(program, place, "lowering")(SEEN_KEYS, mask)
+        whole = _of_all_heads(mask)
+        if whole not in bounds:
+            place = program.first_call() if whole.op == "placeholder" else whole.next
+            bounds[whole] = Builder(program, place, "lowering")(SEEN_KEYS, whole)
         scale, enable_gqa = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
         build = Builder(program, node, "lowering")
-        attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[mask], scale, enable_gqa)
+        attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[whole], scale, enable_gqa)
         node.replace_all_uses_with(attended)
         program.graph.erase_node(node)
+
+
+def _of_all_heads(mask: Node) -> Node:
+    """The mask of which this one has the kept heads: all layers read that one."""
+    source = mask.args[0] if mask.target is torch.ops.aten.index_select.default and mask.args[1] == 1 else mask
+    assert isinstance(source, Node)
+    return source
 
 
 def _has_blocks(node: Node) -> bool:

@@ -20,6 +20,7 @@ from ppgraph.passes.base import Program
 from ppgraph.passes.operators import is_fused_attention
 from tests.reference import masked_dense_logits
 from tests.test_cache import empty_cache
+from tests.test_families import FAMILIES
 from tests.test_generate import OPTIONS, cached, model, prompts
 
 
@@ -77,6 +78,16 @@ def test_masks_are_made_ready_for_attention_once_for_all_layers(
     assert {node.args[3].meta["val"].dtype for node in reading} == {dtype}
     _, full = sorted(reading, key=lambda node: len(node.args[3].all_input_nodes), reverse=True)
     assert full.args[3].op == "placeholder"
+
+
+def test_a_mask_of_heads_is_looked_at_once_for_all_layers(compiled: list[GraphModule]) -> None:
+    falcon = FAMILIES["falcon (sequential, ALiBi)"].model("sdpa", seed=0, sizes={})
+    pruned = ppgraph.transform(falcon, **{**OPTIONS, "lowering": "inductor"}, blocks=("attention",))
+    pruned(prompts(3, 11, padded=False)["input_ids"], use_cache=False)
+    _, second_layer = compiled
+    probe, full = (node for node in second_layer.graph.nodes if node.target is ATTENTION_BY_BLOCKS)
+    assert full.args[3].target is torch.ops.aten.index_select.default  # the kept heads'
+    assert (probe.args[4].op, full.args[4].op) == ("call_function", "placeholder")
 
 
 def test_attention_that_has_no_blocks_stays_torchs_own(compiled: list[GraphModule]) -> None:

@@ -36,11 +36,13 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
@@ -75,6 +77,7 @@ __all__ = [
     "placeholder_source",
     "placeholder_values",
     "quotient",
+    "sizes_compared_by_hints",
     "source_argument",
     "source_parameter",
     "to_aten",
@@ -88,7 +91,7 @@ __all__ = [
     "wrapper_of",
 ]
 
-_one_at_a_time = threading.Lock()  # for what is changed in torch and put back
+_one_at_a_time = threading.RLock()  # for what is changed in torch and put back
 
 # What FlopCounterMode lacks (torch 2.13): it has formulas for attention on GPUs, and counts nothing for that on CPUs.
 ATTENTION_FLOPS_ON_CPU = {
@@ -197,7 +200,9 @@ def wants_cuda_graphs(options: Mapping[str, Any], device: torch.device) -> bool:
 
 def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Callable[..., Sequence[Any]]:
     """Compile an ATen graph with Inductor; takes ownership of `module`. Call inside `graph_world`."""
-    values = [_by_its_symbol(node.meta["val"]) for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = module.graph.find_nodes(op="placeholder")
+    values = [_by_its_symbol(node.meta["val"]) for node in placeholders]
+    _write_constants(module, dict(zip(placeholders, values, strict=True)))
     hidden = _hidden_sizes(values)
     if hidden:
         values += _added_inputs(module, values, hidden)
@@ -304,6 +309,34 @@ def kernels_compiled_meanwhile() -> Iterator[None]:
         yield
     for compiler, scope in postponed:
         wait(compiler, scope)
+
+
+@contextlib.contextmanager
+def sizes_compared_by_hints() -> Iterator[None]:
+    """Let Inductor guard on which of two sizes is the smaller one, where it would fail else.
+
+    In `graph_world` it takes sizes for unknown, and a slice up to one size of another is a TypeError. The program has
+    been captured with that slice in range, so Dynamo has the guard already.
+    """
+    evaluate_min = SizeVarAllocator.evaluate_min
+
+    def by_hints(sizes: SizeVarAllocator, left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+        try:
+            return evaluate_min(sizes, left, right)
+        except TypeError:
+            with _symbolic_config.patch(backed_size_oblivious=False):  # type: ignore[attr-defined]
+                return evaluate_min(sizes, left, right)
+
+    with _one_at_a_time, mock.patch.object(SizeVarAllocator, "evaluate_min", by_hints):
+        yield
+
+
+def _write_constants(module: GraphModule, values: Mapping[Node, Any]) -> None:
+    """Have a graph read no number that is known: AOTAutograd makes it a symbol, on which Dynamo then can't guard."""
+    known = {node: value for node, value in values.items() if isinstance(value, int)}
+    for user in {user: None for node in known for user in node.users}:
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda read: known.get(read, read))
+    module.recompile()
 
 
 def _by_its_symbol(value: Any) -> Any:

@@ -143,7 +143,8 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
     # Steps are recorded in `ppgraph.replay`; graphs with a prompt's shapes are not.
     options = {**options, "triton.cudagraphs": False}
     try:
-        with contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile():
+        meanwhile = contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile()
+        with meanwhile, _torch.sizes_compared_by_hints():
             return [_torch.lower_with_inductor(module, options) for module in modules]
     except _torch.TensorifyScalarRestartAnalysis:
         raise  # Inductor asks Dynamo for another trace, with a float as a constant that it has met as a symbol

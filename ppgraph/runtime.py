@@ -166,10 +166,7 @@ class Runtime:
             program, _ = capture(module, self.config, positional)
             program.allocation = self.history.kept_here()
             code = _torch.traced_code() if phase is None else None
-            is_step = is_decoding_step(program)
-            phase = phase or self.step_phase(is_step)
-            if phase == "prefill" and not is_step and program.batch and self.runs_dense(*program.batch):
-                phase = "choose"
+            phase = phase or self.phase_of(is_decoding_step(program), program.batch)
             program.observer = observers(phase)
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
@@ -205,14 +202,19 @@ class Runtime:
                 samples, tokens, speedup,
             )  # fmt: skip
 
-    def runs_dense(self, samples: int, tokens: int) -> bool:
-        """Whether a prompt runs dense; asked of symbolic sizes, it becomes a guard of their graph."""
-        return self.config.dense_below > 0 and bool(samples * tokens < self.config.dense_below)
+    def phase_of(self, is_step: bool, batch: tuple[Any, Any] | None) -> Phase:
+        """The phase of a call: a step's is what the config does with those, a prompt's depends on its size.
 
-    def step_phase(self, is_step: bool) -> Phase:
-        """The phase of a call: prefill, or what the config does with a single-token step."""
+        `batch` are samples and tokens; asked of symbolic sizes, the answer becomes a guard of their graph.
+        """
         steps: dict[str, Phase] = {"reuse": "reuse", "dense": "dense", "probe": "prefill"}
-        return steps[self.config.decode] if is_step else "prefill"
+        if is_step:
+            return steps[self.config.decode]
+        return "choose" if batch is not None and self.runs_dense(*batch) else "prefill"
+
+    def runs_dense(self, samples: Any, tokens: Any) -> bool:
+        """Whether a prompt of that size runs dense, and chooses for the steps behind it alone."""
+        return self.config.dense_below > 0 and bool(samples * tokens < self.config.dense_below)
 
     def analyse(self, module: GraphModule) -> Program:
         """Find the sites of a graph from Dynamo without rewriting it."""

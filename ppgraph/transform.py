@@ -151,7 +151,7 @@ class Pruning:
         for config in (self.config, everything):
             trial = Pruning(self._model, Runtime(config, "eager"))
             trial.runtime.history = copy.deepcopy(self.history)
-            trial.run("prefill", {**inputs, "use_cache": False})
+            trial.run(trial.runtime.phase_of(False, batch_of(inputs)), {**inputs, "use_cache": False})
             choices.append(trial.selection())
         return {name: jaccard(kept, choices[1][name]) for name, kept in choices[0].items()}
 
@@ -191,17 +191,18 @@ class Pruning:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
         cache = cache_of(arguments.values())
         length = cached_length(cache) if cache is not None else 0
-        phase = self.runtime.step_phase(length > 0 and is_step(arguments))
+        samples, tokens = batch_of(arguments)
+        phase = self.runtime.phase_of(length > 0 and is_step(arguments), (samples, tokens))
         call = Call()
         if phase == "reuse":
             call.selection = getattr(cache, SELECTION, None) or _no_selection(cache)
-        elif phase == "prefill":
+        elif phase != "dense":
             call.start = _first_position(arguments, length)
         with self.runtime.lock:
             output = self.run(phase, arguments, call)
             if cache is not None:
-                note_length(cache, length + tokens_of(arguments))
-            if phase == "prefill":
+                note_length(cache, length + tokens)
+            if phase in ("prefill", "choose"):
                 _attach(cache if cache is not None else cache_of(_items(output)), self.runtime.selection)
         return output
 
@@ -339,7 +340,7 @@ def is_step(arguments: Mapping[str, Any]) -> bool:
     That is one new token, or drafted ones that are to be verified: `generate` with an assistant, or with prompt lookup,
     asks for the logits of each new token, and for the last one's only when it runs a prompt.
     """
-    tokens = tokens_of(arguments)
+    _, tokens = batch_of(arguments)
     asked = arguments.get("logits_to_keep")
     return tokens == 1 or (isinstance(asked, int) and asked == tokens)
 
@@ -350,11 +351,12 @@ def asks_for_outputs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     return any(arguments.get(name, getattr(model.config, name, False)) for name in names)
 
 
-def tokens_of(arguments: Mapping[str, Any]) -> int:
-    """Tokens a sample in this call."""
+def batch_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Samples of this call, and tokens of each."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(arguments.get(name), torch.Tensor):
-            return int(arguments[name].shape[1])
+            samples, tokens = arguments[name].shape[:2]
+            return int(samples), int(tokens)
     raise InputError("expected input_ids or inputs_embeds, found neither")
 
 
@@ -447,7 +449,7 @@ def require_known_positions(positions: int, arguments: Mapping[str, Any]) -> Non
         InputError: there are more, those in a cache included.
     """
     cache = cache_of(arguments.values())
-    total = tokens_of(arguments) + (cached_length(cache) if cache is not None else 0)
+    total = batch_of(arguments)[1] + (cached_length(cache) if cache is not None else 0)
     if total > positions:
         raise InputError(f"{total} tokens are longer than the model's context: it has learned {positions} positions")
 

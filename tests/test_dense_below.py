@@ -70,6 +70,11 @@ def test_conversations_equal_the_masked_dense_model(decode: str, cache: str) -> 
     assert check(Case("llama", (turns, Batch(samples=2, length=4, turns=(1,))), config, cache=cache)) == 7
 
 
+def test_a_prompt_of_one_token_into_a_static_cache_is_no_step() -> None:
+    config = {**SIZES, "ratio": 0.4, "decode": "probe", "dense_below": 100}
+    assert check(Case("llama", (Batch(samples=2, length=1, turns=(3, 1)),), config, cache="static")) == 3
+
+
 def test_what_makes_up_for_lost_channels_does_so_in_steps_alone() -> None:
     config = {"method": "spread", "ratio": 0.4, "skip_layers": 0, "width_multiple": 8, "dense_below": 100}
     prompt = Batch(samples=2, length=7, turns=(1, 1))

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.sizevars import SizeVarAllocator
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
@@ -365,6 +366,49 @@ def test_a_graph_takes_sizes_made_of_one_that_is_no_input(given: str) -> None:
     for number in (5, 7):
         size = torch.empty(3 + number) if given == "dimension" else 3 + sign * number
         assert lowered[0](size, torch.ones(1))[0].tolist() == [*range(1, number + 1)]
+
+
+def test_inductor_compares_two_sizes_by_hints_where_it_is_told_to() -> None:
+    """Slices of sliding caches end at one size of another (cohere2, several tokens into a static cache)."""
+    found: list[Any] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        left, right = (value.node.expr for value in fakes if isinstance(value, torch.SymInt))
+        mode = _torch.fake_mode_of(fakes)
+        sizes = SizeVarAllocator(mode.shape_env)
+        with _torch.graph_world(mode):
+            with pytest.raises(TypeError, match="evaluate_min"):
+                sizes.evaluate_min(left, right)
+            with _torch.sizes_compared_by_hints():
+                found.append((sizes.evaluate_min(left, right), right))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda x, end: x * end, backend=backend, dynamic=True)(torch.ones(7), 5)
+    smaller, end = found[0]
+    assert smaller == end
+
+
+def test_a_number_that_is_known_leaves_no_symbol_to_guard_on() -> None:
+    """smollm3 with prompts of one token: one part's number was 2, and Dynamo's guards failed on `sym_1`."""
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        part = Graph()
+        end, x = map(part.placeholder, ("end", "x"))
+        end.meta["val"], x.meta["val"] = 3, next(value for value in fakes if isinstance(value, torch.Tensor))
+        cut = part.call_function(torch.ops.aten.slice.Tensor, (x, 0, 0, end))
+        part.output((part.call_function(torch.ops.aten.add.Tensor, (cut, 1)),))
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            lowered.append(_torch.lower_with_inductor(GraphModule(nn.Module(), part), {}))
+        assert not end.users  # guards come with graphs that Inductor has in its cache, so not here
+        return graph
+
+    lowered: list[Any] = []
+    torch._dynamo.reset()
+    torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.ones(7))
+    assert lowered[0](3, torch.arange(7.0))[0].tolist() == [1, 2, 3]
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

@@ -371,10 +371,9 @@ class Runtime:
         if phase in ("prefill", "calibrate"):
             return lower(program, self.options)
         program.cuts.clear()  # a step of one token, or a small prompt, is over sooner than the calls that cuts make
-        if phase == "choose":
-            return lower(program, self.options)
-        # Nobody has recorded what ranks exchange yet.
-        if program.sharded or not _torch.wants_cuda_graphs(self.options, _device(program)):
+        # Nobody has recorded prompts, or what ranks exchange, yet.
+        is_recorded = phase != "choose" and not program.sharded
+        if not is_recorded or not _torch.wants_cuda_graphs(self.options, _device(program)):
             return lower(program, self.options)
         written = written_inputs(program)  # lowering takes the graph
         return Replayed(lower(program, self.options), written)

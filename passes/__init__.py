@@ -32,8 +32,8 @@ PRUNE: tuple[Pass, ...] = (
 CHOOSE: tuple[Pass, ...] = (
     FindSites(),
     ProbeWholeBatch(),
-    InsertScore("probe_whole_batch"),
-    UpdateHistory("probe_whole_batch"),
+    InsertScore(ProbeWholeBatch.name),
+    UpdateHistory(ProbeWholeBatch.name),
 )
 REUSE: tuple[Pass, ...] = (FindSites(), ReuseSelection(), SelectWeights(), CompensateExit(), PackWeights())
 CALIBRATE: tuple[Pass, ...] = (FindSites(), ObserveChannels())

@@ -336,7 +336,8 @@ def _write_constants(module: GraphModule, values: Mapping[Node, Any]) -> None:
     known = {node: value for node, value in values.items() if isinstance(value, int)}
     for user in {user: None for node in known for user in node.users}:
         user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda read: known.get(read, read))
-    module.recompile()
+    if known:
+        module.recompile()
 
 
 def _by_its_symbol(value: Any) -> Any:

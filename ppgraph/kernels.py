@@ -60,7 +60,7 @@ def seen_keys(mask: torch.Tensor) -> torch.Tensor:
     """
     queries, keys = mask.shape[-2:]
     bounds = torch.tensor([0, keys]).repeat(_blocks(queries), 1)
-    if max(queries, keys) < WORTHWHILE:
+    if _are_few(queries, keys):
         return bounds
     highest_of_all = mask.amax((0, 1))
     for block, rows in enumerate(highest_of_all.split(QUERIES)):
@@ -79,6 +79,10 @@ def _blocks(queries: int) -> int:
     return (queries + QUERIES - 1) // QUERIES
 
 
+def _are_few(queries: int, keys: int) -> bool:
+    return max(queries, keys) < WORTHWHILE
+
+
 def attention_by_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -94,7 +98,7 @@ def attention_by_blocks(
     future, and leaves out half of the work only where it is told to be causal; which masks of padding, windows or
     packed texts are not.
     """
-    if max(query.shape[-2], key.shape[-2]) < WORTHWHILE:
+    if _are_few(query.shape[-2], key.shape[-2]):
         whole = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
         return whole.transpose(1, 2).contiguous().transpose(1, 2)
     pieces = []
@@ -113,13 +117,7 @@ def attention_by_blocks(
 
 
 def fake_attention_by_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    bounds: torch.Tensor,
-    scale: float | None,
-    enable_gqa: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: object
 ) -> torch.Tensor:
     """What `attention_by_blocks` gives, without its values: heads are the inner dimension, as in torch's own kernel."""
     samples, heads, queries, _ = query.shape
@@ -127,21 +125,20 @@ def fake_attention_by_blocks(
 
 
 # `custom_op` would put Python of its own around each call, as long as the gather of a small history.
-torch.library.define("ppgraph::columns", "(Tensor matrix, Tensor index) -> Tensor")
-torch.library.impl("ppgraph::columns", "cpu", columns)
-torch.library.register_fake("ppgraph::columns", fake_columns)
-torch.library.define("ppgraph::highest", "(Tensor scores, SymInt count) -> Tensor")
-torch.library.impl("ppgraph::highest", "cpu", highest)
-torch.library.register_fake("ppgraph::highest", fake_highest)
-torch.library.define("ppgraph::seen_keys", "(Tensor mask) -> Tensor")
-torch.library.impl("ppgraph::seen_keys", "cpu", seen_keys)
-torch.library.register_fake("ppgraph::seen_keys", fake_seen_keys)
-torch.library.define(
-    "ppgraph::attention_by_blocks",
-    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor bounds, float? scale, bool enable_gqa) -> Tensor",
-)
-torch.library.impl("ppgraph::attention_by_blocks", "cpu", attention_by_blocks)
-torch.library.register_fake("ppgraph::attention_by_blocks", fake_attention_by_blocks)
+for _name, _schema, _kernel, _fake in (
+    ("columns", "(Tensor matrix, Tensor index) -> Tensor", columns, fake_columns),
+    ("highest", "(Tensor scores, SymInt count) -> Tensor", highest, fake_highest),
+    ("seen_keys", "(Tensor mask) -> Tensor", seen_keys, fake_seen_keys),
+    (
+        "attention_by_blocks",
+        "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor bounds, float? scale, bool enable_gqa) -> Tensor",
+        attention_by_blocks,
+        fake_attention_by_blocks,
+    ),
+):
+    torch.library.define(f"ppgraph::{_name}", _schema)
+    torch.library.impl(f"ppgraph::{_name}", "cpu", _kernel)
+    torch.library.register_fake(f"ppgraph::{_name}", _fake)
 
 COLUMNS = torch.ops.ppgraph.columns.default
 HIGHEST = torch.ops.ppgraph.highest.default

@@ -79,8 +79,7 @@ def _gather_columns(program: Program) -> None:
 def _add_masks(program: Program) -> None:
     """Have attention on CPUs take masks that are added to its scores, as its kernel does.
 
-    Torch makes them of boolean ones where they are read: made in each layer alike, they were made as often. Those made
-    of an input stand behind all inputs.
+    Torch makes them of boolean ones where they are read: made in each layer alike, they were made as often.
     """
     added: dict[tuple[Node, torch.dtype], Node] = {}
     for node in [*program.graph.nodes]:
@@ -88,8 +87,7 @@ def _add_masks(program: Program) -> None:
         if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and not _off_the_cpu(mask):
             key = mask, node.meta["val"].dtype
             if key not in added:
-                place = program.first_call() if mask.op == "placeholder" else mask.next
-                build = Builder(program, place, "lowering")
+                build = _behind(program, mask)
                 nothing = build(torch.ops.aten.zeros_like.default, mask, dtype=key[1])
                 hidden = build(torch.ops.aten.logical_not.default, mask)
                 added[key] = build(torch.ops.aten.masked_fill.Scalar, nothing, hidden, -math.inf)
@@ -105,13 +103,18 @@ def _attend_by_blocks(program: Program) -> None:
         query, key, value, mask = node.args[0], node.args[1], node.args[2], argument(node, 3, "attn_mask")
         whole = _of_all_heads(mask)
         if whole not in bounds:
-            place = program.first_call() if whole.op == "placeholder" else whole.next
-            bounds[whole] = Builder(program, place, "lowering")(SEEN_KEYS, whole)
+            bounds[whole] = _behind(program, whole)(SEEN_KEYS, whole)
         scale, enable_gqa = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
         build = Builder(program, node, "lowering")
         attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[whole], scale, enable_gqa)
         node.replace_all_uses_with(attended)
         program.graph.erase_node(node)
+
+
+def _behind(program: Program, node: Node) -> Builder:
+    """Adds nodes right behind a node; behind all inputs where it is one of them."""
+    place = program.first_call() if node.op == "placeholder" else node.next
+    return Builder(program, place, "lowering")
 
 
 def _of_all_heads(mask: Node) -> Node:

@@ -44,6 +44,8 @@ from ppgraph.state import History
 log = logging.getLogger("ppgraph")
 
 Phase = Literal["prefill", "choose", "calibrate", "reuse", "dense"]
+# The phases whose calls choose what steps of decoding keep.
+CHOOSING: tuple[Phase, ...] = ("prefill", "choose")
 # The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
 SELECTION = "_ppgraph_selection"
 # The attribute by which caches that count on the device carry what they counted: the tensor, its version, the number.
@@ -392,7 +394,7 @@ class GraphRunner:
         self._results = list(program.results)
         self._sites = {site.name: site for site in program.pruned_sites}
         self._checked = program.checked
-        self._allocation, self._prunes = program.allocation, phase not in ("dense", "calibrate")
+        self._allocation, self._selects = program.allocation, phase not in ("dense", "calibrate")
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
         self._takes_shares = bool(program.sharded)
@@ -439,7 +441,7 @@ class GraphRunner:
 
     def _hand_on(self, selection: Selection | None, cache: Any, values: Sequence[Any]) -> None:
         """Let the cache, and keys and values that enter or leave the graph, carry the selection that goes with them."""
-        if selection is None or self._phase in ("dense", "calibrate"):
+        if selection is None or not self._selects:
             return
         tensors = [value for place, value in enumerate(values) if place not in self._parameter_places]
         for value in (cache, *(value for value in tensors if isinstance(value, torch.Tensor) and value.dim() == 4)):
@@ -448,7 +450,7 @@ class GraphRunner:
 
     def _call(self, inputs: Sequence[Any]) -> Sequence[Any]:
         runtime = self._runtime
-        if self._prunes and runtime.history.kept_here() != self._allocation:
+        if self._selects and runtime.history.kept_here() != self._allocation:
             raise GraphError(
                 "calibration (or a loaded history) changed how many units each block keeps, and this graph was "
                 "captured before that; call torch.compiler.reset(), then the model again"
@@ -532,7 +534,7 @@ class GraphRunner:
         if results:
             self._runtime.keep_selection(results, by_token, shape)
             self._runtime.statistics.add(results, self._runtime.sites or [])
-        elif self._phase in ("prefill", "choose"):
+        elif self._phase in CHOOSING:
             # The config removes nothing: steps that go on from here have that to keep to.
             self._runtime.keep_selection({}, {}, shape)
 

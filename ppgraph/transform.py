@@ -30,6 +30,7 @@ from ppgraph.errors import (
 from ppgraph.methods import Candidate
 from ppgraph.passes import Site
 from ppgraph.runtime import (
+    CHOOSING,
     SELECTION,
     Call,
     GraphRecord,
@@ -191,18 +192,18 @@ class Pruning:
         """One call of the pruned model: a prefill, or a step of decoding as the config wants it."""
         cache = cache_of(arguments.values())
         length = cached_length(cache) if cache is not None else 0
-        samples, tokens = batch_of(arguments)
-        phase = self.runtime.phase_of(length > 0 and is_step(arguments), (samples, tokens))
+        batch = batch_of(arguments)
+        phase = self.runtime.phase_of(length > 0 and is_step(batch[1], arguments), batch)
         call = Call()
         if phase == "reuse":
             call.selection = getattr(cache, SELECTION, None) or _no_selection(cache)
-        elif phase != "dense":
+        elif phase in CHOOSING:
             call.start = _first_position(arguments, length)
         with self.runtime.lock:
             output = self.run(phase, arguments, call)
             if cache is not None:
-                note_length(cache, length + tokens)
-            if phase in ("prefill", "choose"):
+                note_length(cache, length + batch[1])
+            if phase in CHOOSING:
                 _attach(cache if cache is not None else cache_of(_items(output)), self.runtime.selection)
         return output
 
@@ -334,13 +335,12 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(within.group(1) if within else text.splitlines()[0], 300, placeholder=" ...")
 
 
-def is_step(arguments: Mapping[str, Any]) -> bool:
+def is_step(tokens: int, arguments: Mapping[str, Any]) -> bool:
     """Whether a call that goes on from a cache is a step of decoding, which keeps to the prompt's selection.
 
-    That is one new token, or drafted ones that are to be verified: `generate` with an assistant, or with prompt lookup,
-    asks for the logits of each new token, and for the last one's only when it runs a prompt.
+    It has one new token, or `tokens` drafted ones that are to be verified: `generate` with an assistant, or with prompt
+    lookup, asks for the logits of each new token, and for the last one's only when it runs a prompt.
     """
-    _, tokens = batch_of(arguments)
     asked = arguments.get("logits_to_keep")
     return tokens == 1 or (isinstance(asked, int) and asked == tokens)
 
@@ -352,12 +352,13 @@ def asks_for_outputs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
 
 
 def batch_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """Samples of this call, and tokens of each."""
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(arguments.get(name), torch.Tensor):
-            samples, tokens = arguments[name].shape[:2]
-            return int(samples), int(tokens)
-    raise InputError("expected input_ids or inputs_embeds, found neither")
+    """Samples of this call, and tokens of each.
+
+    Raises:
+        InputError: there are no token ids or embeddings, or they have no samples and tokens.
+    """
+    samples, tokens = _tokens(arguments).shape[:2]
+    return samples, tokens
 
 
 def _first_position(arguments: Mapping[str, Any], cached: int) -> int:

@@ -31,7 +31,7 @@ from ppgraph.passes import PRUNE, PassResult, Program, Site, run_passes
 from ppgraph.passes.base import shape_of
 from ppgraph.passes.find_sites import Ancestry, Block
 from ppgraph.runtime import Phase, Runtime
-from ppgraph.transform import Pruning, batch_of, check_inputs, require_causal_lm
+from ppgraph.transform import Pruning, check_inputs, require_causal_lm
 
 MISSING = "-"
 
@@ -175,7 +175,6 @@ def explain(model: nn.Module, config: PruneConfig | None = None, **inputs: Any) 
     require_causal_lm(model)
     arguments, overrides = _split(model, inputs)
     config = (config or PruneConfig()).replace(**overrides)
-    batch_of(arguments)
     check_inputs(model, arguments)
     runtime = _ExplainingRuntime(config)
     try:

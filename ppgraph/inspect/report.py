@@ -23,7 +23,7 @@ from ppgraph.inspect.flops import (
 from ppgraph.inspect.tables import Column, Table, count, size, why_dense
 from ppgraph.passes import Site
 from ppgraph.passes.base import shape_of
-from ppgraph.runtime import GraphRecord, Phase, Runtime
+from ppgraph.runtime import CHOOSING, GraphRecord, Phase, Runtime
 from ppgraph.selections import SelectionSummary
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class BatchCost:
         Where the last call was none (a step of decoding, calibration), it is the batch that the newest graph was
         captured for.
         """
-        prefills = [record for record in reversed(runtime.graphs) if record.phase in ("prefill", "choose")]
+        prefills = [record for record in reversed(runtime.graphs) if record.phase in CHOOSING]
         for record in prefills if runtime.last_shape else ():
             assert runtime.last_shape is not None
             if (record.phase == "choose") != runtime.runs_dense(*runtime.last_shape):

@@ -36,6 +36,7 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import CppCompileError
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
@@ -51,6 +52,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 __all__ = [
     "ATTENTION_FLOPS_ON_CPU",
     "BackendCompilerFailed",
+    "CppCompileError",
     "FakeTensorMode",
     "TensorifyScalarRestartAnalysis",
     "TorchDynamoException",

@@ -9,6 +9,7 @@ On CPUs operators of ppgraph's own (`ppgraph.kernels`) take columns off weights 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import operator
@@ -145,10 +146,15 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
         _let_the_heap_keep_a_layer()
     # Steps are recorded in `ppgraph.replay`; graphs with a prompt's shapes are not.
     options = {**options, "triton.cudagraphs": False}
+    spare = [_copy(module) for module in modules]
     try:
-        meanwhile = contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile()
-        with meanwhile, _torch.sizes_compared_by_hints():
-            return [_torch.lower_with_inductor(module, options) for module in modules]
+        with _torch.sizes_compared_by_hints():
+            try:
+                meanwhile = contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile()
+                with meanwhile:
+                    return [_torch.lower_with_inductor(module, options) for module in modules]
+            except _torch.CppCompileError:
+                return [_compiled_alone(module, options) for module in spare]
     except _torch.TensorifyScalarRestartAnalysis:
         raise  # Inductor asks Dynamo for another trace, with a float as a constant that it has met as a symbol
     except RuntimeError as error:
@@ -159,6 +165,24 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
             f"expected Inductor to compile the pruned graph; found: {found}. Does torch.compile(model) run the dense "
             'model in the same call? lowering="eager" runs the pruned graph uncompiled, and nothing has changed'
         ) from error
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    return GraphModule(module, copy.deepcopy(module.graph))
+
+
+def _compiled_alone(module: GraphModule, options: Mapping[str, Any]) -> Compiled:
+    """Compile one graph, by C++ without vector instructions where that with them is no C++.
+
+    Inductor checks an index before the line that computes it, in some kernels that have vectors (torch 2.11 to 2.13).
+    """
+    spare = _copy(module)
+    try:
+        return _torch.lower_with_inductor(module, options)
+    except _torch.CppCompileError as error:
+        found = next((line for line in error.output.splitlines() if "error:" in line), error.output)
+        log.warning("a part of the graph is compiled without vector instructions; with them, g++ said: %s", found)
+        return _torch.lower_with_inductor(spare, {**options, "cpp.simdlen": 1})
 
 
 def _let_the_heap_keep_a_layer() -> None:

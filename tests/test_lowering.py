@@ -15,7 +15,7 @@ import ppgraph
 from ppgraph import _torch, kernels
 from ppgraph.errors import LoweringError
 from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST
-from ppgraph.lowering import structure, written_inputs
+from ppgraph.lowering import lower, structure, written_inputs
 from ppgraph.passes.base import Program
 from ppgraph.passes.operators import is_fused_attention
 from tests.reference import masked_dense_logits
@@ -176,3 +176,33 @@ def test_a_kernel_that_fails_after_its_graph_was_planned_is_told_the_same(
     with pytest.raises(LoweringError, match=r"expected Inductor to compile the pruned graph; found: no room for g\+\+"):
         pruned(**prompts(3, 11, padded=False), use_cache=False)
     assert pruned.ppgraph.graphs == []
+
+
+def marked(seen: torch.Tensor, values: torch.Tensor, other: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
+    """What doge does to its mask: Inductor (torch 2.11 to 2.13) checks the places ahead of computing them."""
+    places = torch.arange(values.shape[1]) + lead.shape[0]
+    samples = torch.arange(values.shape[0])
+    kept = (places > 2) & seen[samples[:, None], places[None]].bool()
+    marks = torch.where(kept[..., None], (torch.arange(1, 9) * values).exp() + other.log1p(), 0.0)
+    return marks.transpose(1, 2).contiguous()
+
+
+def marked_inputs() -> tuple[torch.Tensor, ...]:
+    return torch.ones(5, 40, dtype=torch.int64), torch.rand(5, 20, 8), torch.rand(5, 20, 8), torch.zeros(3)
+
+
+def test_a_part_whose_vector_code_is_no_code_is_compiled_without(caplog: pytest.LogCaptureFixture) -> None:
+    lowered: list[Callable[..., Any]] = []
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            program = Program(_torch.to_aten(graph, fakes), ppgraph.PruneConfig(), {})
+            lowered.append(lower(program, {}))
+        return lowered[-1]
+
+    inputs = marked_inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(marked, backend=backend, dynamic=True)(*inputs), marked(*inputs))
+    assert len(lowered) == 1
+    assert "without vector instructions; with them, g++ said: /" in caplog.text

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppgraph import _torch
 from ppgraph.errors import InputError
+from tests.test_lowering import marked, marked_inputs
 
 
 class Tiny(nn.Module):
@@ -409,6 +410,23 @@ def test_a_number_that_is_known_leaves_no_symbol_to_guard_on() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.ones(7))
     assert lowered[0](3, torch.arange(7.0))[0].tolist() == [1, 2, 3]
+
+
+def test_cpp_compile_error_says_what_the_compiler_said() -> None:
+    """Where this fails as the C++ compiles, torch has mended it: `lowering._compiled_alone` can go."""
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            module = _torch.to_aten(graph, fakes)
+            with pytest.raises(_torch.CppCompileError) as caught:
+                _torch.lower_with_inductor(module, {})
+        assert "error:" in caught.value.output
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(marked, backend=backend, dynamic=True)(*marked_inputs())
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

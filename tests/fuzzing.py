@@ -451,6 +451,10 @@ class Judge:
         batches = [prompt(self.case, batch) for batch in self.case.calibration]
         try:
             ppgraph.calibrate(self.pruned, batches, progress=False)
+        except NonFiniteError as error:
+            if all(self._dense_is_finite(inputs) for inputs in batches):
+                raise
+            raise Discarded(str(error)) from error
         except InputError as error:
             if self.config.observed != "fluctuation" or len(batches) > 1:
                 raise
@@ -497,14 +501,17 @@ class Judge:
         try:
             return self._call(self.pruned, inputs, cache)
         except NonFiniteError as error:
-            logits = self._call(self.dense, inputs, copy.deepcopy(dense_cache))
-            if torch.isfinite(logits[real_tokens(inputs)]).all():
+            if self._dense_is_finite(inputs, dense_cache):
                 raise
-            # In float64, mpt and windows in eager attention hide keys by more than their float32 softmax can hold.
             raise Discarded(str(error)) from error
         except CaptureError as error:
             self._require_refusal(inputs, dense_cache, error)
             raise Discarded(str(error)) from error
+
+    def _dense_is_finite(self, inputs: Mapping[str, Tensor], cache: Any = None) -> bool:
+        """Not so in float64 where mpt, and windows in eager attention, hide keys by more than float32's softmax holds."""
+        logits = self._call(self.dense, inputs, copy.deepcopy(cache))
+        return bool(torch.isfinite(logits[real_tokens(inputs)]).all())
 
     def _require_refusal(self, inputs: Mapping[str, Tensor], cache: Any, error: CaptureError) -> None:
         """Raise `error` unless the dense model does not take the call either, or Dynamo does not capture it.

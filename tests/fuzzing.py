@@ -509,7 +509,7 @@ class Judge:
             raise Discarded(str(error)) from error
 
     def _dense_is_finite(self, inputs: Mapping[str, Tensor], cache: Any = None) -> bool:
-        """Not so in float64 where mpt, and windows in eager attention, hide keys by more than float32's softmax holds."""
+        """Not so in float64 where mpt, and windows in eager attention, hide keys by more than float32 can hold."""
         logits = self._call(self.dense, inputs, copy.deepcopy(cache))
         return bool(torch.isfinite(logits[real_tokens(inputs)]).all())
 

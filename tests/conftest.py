@@ -7,11 +7,16 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.guards
 
 # The models of tests are tiny: what takes time is capturing graphs, in Python. One thread each for several workers.
 torch.set_num_threads(1)
 # Capturing makes millions of objects: collecting garbage as often as Python does by default takes a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
+# Dynamo collects garbage after each of its compilations, and measures how long its guards take once it has emptied the
+# processor's caches for that.
+torch._dynamo.config.run_gc_after_compile = False
+torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
 # pytest 9.2 adds its handlers to loggers that do not propagate, to torch's structured trace among them. While anything
 # handles that, torch and ppgraph write every graph out at every stage, which takes a fifth of the time.
 logging.getLogger("torch.__trace").addHandler = lambda handler: None

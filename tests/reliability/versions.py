@@ -58,17 +58,8 @@ def environment(folder: Path, torch: str, transformers: str) -> tuple[Path, str]
 
 def installed_here(python: Path) -> str:
     """Install this work tree as it is, for its entry points; why that failed, or nothing."""
-    install = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--retries=1",
-        "--no-deps",
-        "--editable",
-        str(record.ROOT),
-    ]
+    options = ["--quiet", "--retries=1", "--no-deps", "--editable"]
+    install = [str(python), "-m", "pip", "install", *options, str(record.ROOT)]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     return last_line(done.stderr) if done.returncode else ""
 

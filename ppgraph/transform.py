@@ -218,8 +218,14 @@ class Pruning:
                 self._compiled[key] = compiled_forward(self._dense_forward(), self.runtime, phase)
             if asks_for_outputs(self._model, arguments):
                 install_output_hooks(self._model)
-            with torch.no_grad(), _torch.dynamo_settings(), self._capture_errors(call):
-                output = self._compiled[key](**arguments)
+            try:
+                with torch.no_grad(), _torch.dynamo_settings(), self._capture_errors(call):
+                    output = self._compiled[key](**arguments)
+            except PPGraphError as error:
+                if torch._dynamo.config.verbose:
+                    raise
+                # Without Dynamo's hundred frames, as its own errors are shown.
+                raise error.with_traceback(None)  # noqa: B904
             if not call.ran:
                 raise CaptureError(
                     "the model ran dense, for torch.compile is switched off here (TORCHDYNAMO_DISABLE, "

@@ -126,6 +126,22 @@ def test_the_table_fits_a_terminal(pruned: LlamaForCausalLM) -> None:
         assert expected in text
 
 
+def test_where_tokens_differ_the_report_tells_how_many_keep_what() -> None:
+    config = {**OPTIONS, "width_multiple": 1, "probe_choice": "spread", "dense_tokens": 0.25}
+    model = ppgraph.transform(llama(4, layers=2), **config)
+    assert "dense tokens" not in str(model.ppgraph.report())
+    model(**batch(4, 9), use_cache=False)
+    report, (*_, site) = model.ppgraph.report(), model.ppgraph.sites
+    assert (site.name, site.status) == ("model.layers.1.mlp", "pruned")
+    tokens, others = model.ppgraph.dense_tokens()[site.name]
+    assert report.to_dict()["dense_tokens"] == {site.name: {"tokens": 9, "kept_by_others": len(others)}}
+    assert int(tokens.sum()) == 9
+    assert len(others) < site.kept
+    assert f"9 tokens of the last prompt kept all channels of 1 blocks, the others {len(others)};" in " ".join(
+        str(report).split()
+    )
+
+
 def test_a_report_before_the_first_batch() -> None:
     report = ppgraph.transform(llama(2, layers=2), **OPTIONS).ppgraph.report()
     found = json.loads(json.dumps(report.to_dict()))

@@ -301,8 +301,17 @@ def test_bad_settings_are_refused_at_once(settings: dict[str, Any], message: str
 
 def test_a_ratio_that_the_other_layers_cannot_carry_is_an_error_with_both_numbers() -> None:
     pruned = ppgraph.transform(llama(2, layers=2), **(OPTIONS | {"ratio": 0.6, "skip_layers": 1}))
-    with pytest.raises(ConfigError, match=r"ratio=0.6 over 2 layers with skip_layers=1 .* ratio of 1.2"):
+    with pytest.raises(ConfigError, match=r"ratio=0.6 over 2 layers with skip_layers=1 .* ratio of 1.2") as caught:
         pruned(**batch(2, 5))
+    assert not shows_dynamo(caught)
+    with torch._dynamo.config.patch(verbose=True), pytest.raises(ConfigError) as caught:
+        pruned(**batch(2, 5))
+    assert shows_dynamo(caught)
+
+
+def shows_dynamo(caught: pytest.ExceptionInfo[Exception]) -> bool:
+    """Whether a user is shown how Dynamo came to where the error was raised."""
+    return any("convert_frame" in str(entry.path) for entry in caught.traceback)
 
 
 def test_a_model_without_blocks_raises_and_can_be_asked_again() -> None:

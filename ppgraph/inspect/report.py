@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,8 @@ class Report:
 
     Memory is in bytes. `cost` is None before the first batch. `selections` holds, for each pruned site, how often its
     units were kept and how much consecutive batches share; `full_batch_overlap` is empty unless it was asked for.
+    `dense_tokens` holds, for each site where tokens of the last prompt differ, how many kept all channels and how many
+    channels the others kept; `kept` of a site is what steps of decoding keep.
     """
 
     config: PruneConfig
@@ -102,6 +104,7 @@ class Report:
     packed_bytes: int
     selections: tuple[SelectionSummary, ...]
     full_batch_overlap: dict[str, float]
+    dense_tokens: dict[str, tuple[int, int]]
 
     @classmethod
     def of(cls, pruning: Pruning, full_batch: Mapping[str, Any] | None = None) -> Report:
@@ -129,6 +132,9 @@ class Report:
                 packed_bytes=runtime.packed_bytes,
                 selections=tuple(runtime.statistics.summaries()),
                 full_batch_overlap=pruning.full_batch_overlap(full_batch) if full_batch is not None else {},
+                dense_tokens={
+                    name: (int(tokens.sum()), len(others)) for name, (tokens, others) in pruning.dense_tokens().items()
+                },
             )
 
     @property
@@ -159,6 +165,9 @@ class Report:
                 for graph in self.graphs
             ],
             "recompiles": self.recompiles,
+            "dense_tokens": {
+                name: {"tokens": tokens, "kept_by_others": kept} for name, (tokens, kept) in self.dense_tokens.items()
+            },
             "selections": [self._selection_to_dict(summary) for summary in self.selections],
         }
 
@@ -233,8 +242,22 @@ class Report:
         samples, tokens = self.cost.batch
         return [
             ("batch", f"{samples} samples of {tokens} tokens"),
+            *self._token_totals(),
             *flops_totals(self.cost.flops),
             ("gathered weights", f"{size(self.cost.gathered_bytes)} a batch, read once and written once"),
+        ]
+
+    def _token_totals(self) -> list[tuple[str, str]]:
+        """Where tokens of the last prompt differ in what they keep."""
+        if not self.dense_tokens:
+            return []
+        tokens, kept = zip(*self.dense_tokens.values(), strict=True)
+        return [
+            (
+                "dense tokens",
+                f"{span(tokens)} tokens of the last prompt kept all channels of {len(kept)} blocks, the others "
+                f"{span(kept)}; steps of decoding keep what stands above",
+            )
         ]
 
     def _memory_totals(self) -> list[tuple[str, str]]:
@@ -251,6 +274,12 @@ class Report:
             ("recompiles", str(self.recompiles)),
             ("compilation", f"{seconds:.1f} s"),
         ]
+
+
+def span(numbers: Sequence[int]) -> str:
+    """One number, or from the least to the most."""
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def title(config: PruneConfig, sites: tuple[Site, ...]) -> str:

@@ -27,7 +27,7 @@ from ppgraph.errors import MethodError
 from ppgraph.kernels import HIGHEST
 
 Kind = Literal["attention", "mlp"]
-Role = Literal["history", "moment", "centre", "predictor", "weight_term", "rows", "seen", "units", "packed"]
+Role = Literal["history", "moment", "centre", "weight_term", "rows", "seen", "units", "packed"]
 
 
 class Refusal(Exception):
@@ -85,8 +85,7 @@ class StateInput:
     """An input added to the graph that the runtime fills in at each call.
 
     Roles: `history` [S, C] fp32 (a tensor of the history at this batch's positions, mutated), `centre` [C] fp32 (one of
-    its means over all positions), `moment` [C, columns] fp32 (mutated by calibration), `predictor` [D] fp32 (of tokens'
-    errors, mutated), `weight_term` [C] fp32,
+    its means over all positions), `moment` [C, columns] fp32 (mutated by calibration), `weight_term` [C] fp32,
     `rows` (a constant index table), `seen` [S] fp32 (samples that calibration has seen at each position, mutated),
     `units` [U'] (a selection made before) and `packed` (a result of the packing graph; `site` is its number).
     """
@@ -210,11 +209,11 @@ class Program:
         node.meta["val"] = value
         return node
 
-    def state_nodes(self, role: Role) -> dict[Node, StateInput]:
-        """The inputs added for a role, in order, with what each is."""
+    def state_nodes(self, role: Role) -> list[Node]:
+        """The inputs added for a role, in order."""
         count = len(self.state_inputs)
         nodes = self.placeholders()[-count:] if count else []
-        return {node: item for node, item in zip(nodes, self.state_inputs, strict=True) if item.role == role}
+        return [node for node, item in zip(nodes, self.state_inputs, strict=True) if item.role == role]
 
     def first_call(self) -> Node:
         """What follows the graph's inputs."""

@@ -3,7 +3,7 @@
 What the kept channels get wrong is far from even over tokens: with 40 % pruned, a tenth of them has a fifth to half of
 the squared error of a block. The probe tells it for its own tokens, by running the exit linear both ways; the logarithm
 of the error is close to linear in the block's normed input, so a few steps of conjugate gradients from the probed
-tokens predict it for all others. Where batches move the history, the steps go on from what the last batch arrived at.
+tokens predict it for all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ppgraph.errors import ConfigError
-from ppgraph.passes.base import Builder, PassResult, Program, Site, StateInput, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, Site
 from ppgraph.passes.find_sites import Block
 from ppgraph.passes.insert_probe import Probe, padding_of, single_rows
 from ppgraph.passes.operators import linear_activations, weight_operand
@@ -33,11 +33,11 @@ TINY = 1e-6
 LAST = -1e30
 
 
-def error_predictor(probed: Tensor, errors: Tensor, real: Tensor | None, start: Tensor | None) -> Tensor:
-    """How the logarithm of a token's error goes with the block's inputs: [D] fp32.
+def predicted_errors(probed: Tensor, errors: Tensor, real: Tensor | None, inputs: Tensor) -> Tensor:
+    """How badly off each token will be, up to a constant: [N] fp32.
 
     Least squares of the logarithm of `errors` [n] on the block's inputs at these tokens, `probed` [n, D], by a few
-    steps of conjugate gradients from `start` [D] (from 0 where None). `real` [n] tells which of the tokens count.
+    steps of conjugate gradients from 0. `real` [n] tells which of them count, `inputs` [N, D] are those of all tokens.
     """
     weight = torch.ones_like(errors) if real is None else real.float()
     count = weight.sum().clamp(min=1)
@@ -47,8 +47,6 @@ def error_predictor(probed: Tensor, errors: Tensor, real: Tensor | None, start: 
     target = (errors + TINY).log()
     target = (target - (weight @ target) / count) * weight
     solution = torch.zeros_like(centre)
-    if start is not None:
-        solution, target = start, target - centred @ start
     rest = centred.t() @ target
     direction = rest
     energy = rest @ rest
@@ -59,20 +57,14 @@ def error_predictor(probed: Tensor, errors: Tensor, real: Tensor | None, start: 
         rest = rest - step * (centred.t() @ image)
         before, energy = energy, rest @ rest
         direction = rest + energy / before.clamp(min=TINY) * direction
-    return solution
-
-
-def predicted_errors(inputs: Tensor, predictor: Tensor) -> Tensor:
-    """How badly off the tokens with these inputs [N, D] will be, up to a constant: [N] fp32."""
-    return (inputs @ predictor.to(inputs.dtype)).float()
+    # The centre only adds a constant.
+    return (inputs @ solution.to(inputs.dtype)).float()
 
 
 class DenseTokens:
     """Runs the tokens that keep all channels apart from the others, and puts the results together behind the exit.
 
     Which rows of the batch those are, [n], is a result of the graph: `("dense", name)`, for each site that has some.
-    Leaves in `program.shared`, for each of them, `("predictor", name)`: what predicts errors [D], as the history has it
-    and after this batch; nothing where batches don't move the history.
     """
 
     name = "dense_tokens"
@@ -108,7 +100,7 @@ def _split(program: Program, build: Builder, site: Site) -> None:
     probed = by_row(build, probe.y)
     probed_result = dense(probed)
     narrow_result = build.copy(exit_linear, {narrowed: build.select(probed, 1, channels)})
-    sampling = _worst(program, build, site, (probed_result, narrow_result))
+    sampling = _worst(program, build, block, probe, (probed_result, narrow_result))
     y = by_row(build, Prober(block.probe, build, sampling, {}).run())
     rows = build(aten.cat.default, [probe.sampling.rows, sampling.rows])
     count = build(operator.add, probe.sampling.sample_count, sampling.sample_count)
@@ -130,19 +122,8 @@ def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node,
     return {selected: block.weight if block.weight_dim == dim else build(aten.t.default, block.weight)}
 
 
-def _held_predictor(program: Program, site: Site, inputs: Node) -> Node | None:
-    """What predicted the errors of the last batch, [D] fp32, an input of the graph."""
-    if not program.config.moves_history:
-        return None
-    width = shape_of(inputs)[-1]
-    value = inputs.meta["val"].new_empty((width,), dtype=torch.float32)
-    return program.add_state_input(StateInput("predictor", site.name), value)
-
-
-def _worst(program: Program, build: Builder, site: Site, results: tuple[Node, Node]) -> Sampling:
+def _worst(program: Program, build: Builder, block: Block, probe: Probe, results: tuple[Node, Node]) -> Sampling:
     """The rows beside the probe's that are predicted to be worst off."""
-    block: Block = program.analysis[site.name]
-    probe: Probe = program.shared["probe", site.name]
     stream, sampling = block.stream, probe.sampling
     samples, length = build.size(stream, 0), build.size(stream, 1)
     total = build(operator.mul, samples, length)
@@ -159,11 +140,7 @@ def _worst(program: Program, build: Builder, site: Site, results: tuple[Node, No
     errors = build(aten.div.Tensor, wrong, build(aten.add.Scalar, norms, TINY))
     real = None if sampling.real is None else build(aten.reshape.default, sampling.real, [-1])
     probed = by_row(build, linear_activations(probe.linears[entry]))
-    start = _held_predictor(program, site, inputs)
-    predictor = build.inline("dense tokens", error_predictor, probed, errors, real, start)
-    if start is not None:
-        program.shared["predictor", site.name] = (start, predictor)
-    predicted = build.inline("dense tokens", predicted_errors, inputs, predictor)
+    predicted = build.inline("dense tokens", predicted_errors, probed, errors, real, inputs)
     padding = padding_of(program, build, stream)
     if padding is not None:
         predicted = build.where(build(aten.reshape.default, padding.by_column, [-1]), predicted, LAST)

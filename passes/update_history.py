@@ -2,8 +2,7 @@
 
 Only channels that ran are updated (the kept ones, or all in a batch that runs dense), only at positions with a real
 token, and only when every number of the batch is finite: all updates stand at the end of the graph, behind one flag, so
-a bad batch leaves the whole history as it was. Moments that the probe's rows have moved are taken over there too, and
-what predicts the errors of tokens.
+a bad batch leaves the whole history as it was. Moments that the probe's rows have moved are taken over there too.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class UpdateHistory:
         for site in sites:
             place = places.get(site.name, _behind_statistics(program, site))
             here = Builder(program, place, self.name)
-            seen: list[Node] = [program.shared["statistics", site.name], *(new for _, new in _moved(program, site))]
+            seen: list[Node] = [program.shared["statistics", site.name], *_moved_moments(program, site).values()]
             if moving:
                 observed[site.name] = _observed(program, here, site)
                 seen += observed[site.name].values()
@@ -57,8 +56,8 @@ class UpdateHistory:
             cut_between_layers(program, sites, site)
             for tensor, shown in observed[site.name].items():
                 _move(program, build, site, history_of(program, site, tensor), shown, whole)
-            for old, new in _moved(program, site):
-                copy_where(build, whole, old, new)
+            for moment, moved in _moved_moments(program, site).items():
+                copy_where(build, whole, moment_of(program, site, moment), moved)
         return PassResult(build.inserted)
 
 
@@ -153,12 +152,10 @@ def _observed(program: Program, build: Builder, site: Site) -> dict[str, Node]:
     return observed_in_batch(program, build, values, real)
 
 
-def _moved(program: Program, site: Site) -> list[tuple[Node, Node]]:
-    """What else the history holds of a site and a batch moves, as it was and as it is after this batch."""
-    moments: dict[str, Node] = program.shared.get(("moved", site.name), {})
-    moved = [(moment_of(program, site, moment), new) for moment, new in moments.items()]
-    predictor: tuple[Node, Node] | None = program.shared.get(("predictor", site.name))
-    return moved if predictor is None else [*moved, predictor]
+def _moved_moments(program: Program, site: Site) -> dict[str, Node]:
+    """The site's moments after this batch, where its probe moves them."""
+    moved: dict[str, Node] = program.shared.get(("moved", site.name), {})
+    return moved
 
 
 def copy_where(build: Builder, condition: Node, old: Node, new: Node) -> None:

@@ -366,8 +366,6 @@ class Runtime:
         if observed and self.config.needs_history:
             with _torch.unset_fake_temporarily():
                 self.history.declare(observed, _device(program), self.shares)
-                predictors = program.state_nodes("predictor").items()
-                self.history.declare_predictors({item.site: shape_of(node)[0] for node, item in predictors})
 
     def _lower(self, program: Program, phase: Phase) -> Compiled:
         if self.lowering == "eager":
@@ -486,8 +484,6 @@ class GraphRunner:
             return runtime.history.rows(item.site, runtime.call.start, length, item.tensor)
         if item.role == "moment":
             return runtime.history.moment(item.site, item.tensor)
-        if item.role == "predictor":
-            return runtime.history.predictor(item.site)
         if item.role == "centre":
             return runtime.history.centre(item.site, item.tensor)
         if item.role == "seen":

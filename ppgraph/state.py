@@ -31,7 +31,7 @@ from ppgraph.sharding import Share
 
 # Histories grow by whole steps of positions, so that batches a little longer than the last don't copy it each time.
 GROWTH = 128
-FORMAT = 2
+FORMAT = 1
 INDEX = "ppgraph.json"
 
 
@@ -53,7 +53,6 @@ class History:
         self._tensors, self._moment_names = observation.tensors, tuple(observation.moments)
         self._moments: dict[str, dict[str, torch.Tensor]] = {}
         self._values: dict[str, dict[str, torch.Tensor]] = {}
-        self._predictors: dict[str, torch.Tensor] = {}
         self.allocation: dict[str, int] | None = None
         self._seen = torch.zeros(0)
         self.lock = threading.RLock()
@@ -86,7 +85,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes held by all sites."""
-        held = (*self._values.values(), *self._moments.values(), self._predictors)
+        held = (*self._values.values(), *self._moments.values())
         return sum(value.nbytes for tensors in held for value in tensors.values()) + self._seen.nbytes
 
     @property
@@ -104,10 +103,6 @@ class History:
     def moment(self, site: str, name: str) -> torch.Tensor:
         """A moment of a site, [C, columns] fp32."""
         return self._moments[site][name]
-
-    def predictor(self, site: str) -> torch.Tensor:
-        """What predicted how badly off tokens of the last batch were, from a block's inputs, [D] fp32 from 0 on."""
-        return self._predictors[site]
 
     def centre(self, site: str, tensor: str) -> torch.Tensor:
         """A tensor's mean over the positions that calibration saw, [C] fp32; 0 without any."""
@@ -150,20 +145,8 @@ class History:
                 moments[name] = (
                     moments[name].to(device) if name in moments else self._no_moment(name, site.width, device)
                 )
-        self._predictors = {site: held.to(device) for site, held in self._predictors.items()}
         if self._seen.device != device:
             self._seen = self._seen.to(device)
-
-    def declare_predictors(self, widths: Mapping[str, int]) -> None:
-        """Make room for what predicts tokens' errors at these sites, each from inputs of so many features.
-
-        Raises:
-            HistoryError: the history holds that of another number.
-        """
-        for site, width in widths.items():
-            held = self._predictors.setdefault(site, self._zeros_like_seen(width))
-            if len(held) != width:
-                raise HistoryError(f"{site} reads {width} features, but the history holds a predictor of {len(held)}")
 
     def _refuse_spread_moments(self) -> None:
         if self._shares and self._moment_names:
@@ -202,7 +185,6 @@ class History:
                 self._moments[name] = {
                     moment: self._no_moment(moment, width, self._seen.device) for moment in self._moment_names
                 }
-            self._predictors = {site: self._zeros_like_seen(len(held)) for site, held in self._predictors.items()}
             self._seen = self._zeros_like_seen(0)
 
     def average(self, group: ProcessGroup | None = None) -> None:
@@ -210,8 +192,7 @@ class History:
 
         At each position replicas weigh in by the samples that their calibration saw there; where none saw any, those
         that hold something weigh alike. `seen` becomes its mean too, so that calibration may go on after it, and a
-        second call changes nothing. What predicts tokens' errors starts anew. Communicates: every rank of the group
-        calls it.
+        second call changes nothing. Communicates: every rank of the group calls it.
 
         Args:
             group: The replicas; all ranks when None. Under tensor parallelism those that hold the same channels.
@@ -233,8 +214,6 @@ class History:
         for moments in self._moments.values():
             for moment in moments.values():
                 moment.copy_(sums(moment) / ranks)
-        for predictor in self._predictors.values():
-            predictor.zero_()
         self._seen.copy_(sums(self._seen) / ranks)
 
     def _refuse_factors(self) -> None:
@@ -280,7 +259,6 @@ class History:
         with self.lock:
             tensors = {key: self._whole(site, self._values[site][tensor]) for key, site, tensor in self._keys()}
             tensors |= {f"{site}:{name}": value for site, held in self._moments.items() for name, value in held.items()}
-            tensors |= {_predictor_key(site): value for site, value in self._predictors.items()}
             write = functools.partial(self._write, folder, {**tensors, "seen": self._seen})
             share = next(iter(self._shares.values()), None)
             if share is None:
@@ -321,7 +299,6 @@ class History:
                 "sites": self._totals(),
                 "tensors": list(self._tensors),
                 "moments": list(self._moment_names),
-                "predictors": {site: len(value) for site, value in self._predictors.items()},
                 "allocation": self.allocation,
                 "positions": self.positions,
             }
@@ -364,7 +341,6 @@ class History:
             self._values[site][tensor] = self._part(site, values[key].to(device))
         for site in self._widths:
             self._moments[site] = {name: values[f"{site}:{name}"].to(device) for name in self._moment_names}
-        self._predictors = {site: values[_predictor_key(site)].to(device) for site in index["predictors"]}
         self.allocation = index["allocation"]
 
     def _part(self, site: str, value: torch.Tensor) -> torch.Tensor:
@@ -467,13 +443,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
         "sites": dict,
         "tensors": list,
         "moments": list,
-        "predictors": dict,
         "positions": int,
         "index_sha256": str,
     }
     if not isinstance(index, dict):
         raise HistoryError(f"{path} is damaged: expected an object with {', '.join(expected)}")
-    if type(index.get("format")) is int and index["format"] != FORMAT:
+    if isinstance(index.get("format"), int) and index["format"] != FORMAT:
         raise HistoryError(f"{path} has format {index['format']}, this version of ppgraph reads {FORMAT}")
     for key, kind in expected.items():
         if type(index.get(key)) is not kind:  # a bool is no whole number here
@@ -500,10 +475,6 @@ def _keys(sites: Iterable[str], tensors: Sequence[str]) -> Iterator[tuple[str, s
             yield (f"{site}:{tensor}" if place else site, site, tensor)
 
 
-def _predictor_key(site: str) -> str:
-    return f"{site}::predictor"  # no tensor or moment that is registered can be called so
-
-
 def _read_tensors(path: Path, index: Mapping[str, Any], observation: Observation) -> dict[str, torch.Tensor]:
     try:
         if _digest(path) != index["sha256"]:
@@ -521,7 +492,6 @@ def _read_tensors(path: Path, index: Mapping[str, Any], observation: Observation
         for site, width in sites.items()
         for name in index["moments"]
     }
-    shapes |= {_predictor_key(site): (width,) for site, width in index["predictors"].items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(set(shapes) | set(found)):
         if shapes.get(name) != found.get(name):

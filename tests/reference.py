@@ -390,22 +390,22 @@ def filled_up(rows: list[tuple[int, int]], real: Tensor, fraction: Fraction) -> 
     return rows + others[: math.ceil(real.numel() * fraction) - len(rows)]
 
 
-def log_error(x: Tensor, errors: Tensor, start: Tensor, steps: int = 3) -> tuple[Tensor, Tensor]:
+def log_error(x: Tensor, errors: Tensor, steps: int = 3) -> tuple[Tensor, Tensor]:
     """What predicts log(error) of inputs [D], up to a constant: the least squares solution from x [n, D], errors [n].
 
     Not the whole one, but the best of what `steps` products with Z'Z make of Z't (what as many steps of conjugate
-    gradients arrive at), from `start` [D] on. Gives it with the centre of x.
+    gradients arrive at). Gives it with the centre of x.
     """
     if not len(x):
-        return start, torch.zeros(x.shape[1], dtype=torch.float64)
+        return torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
     centre = x.double().mean(dim=0)
     z, t = x.double() - centre, (errors.double() + 1e-6).log()
-    t = t - t.mean() - z @ start
+    t = t - t.mean()
     basis = [z.T @ t]
     while len(basis) < steps:
         basis.append(z.T @ (z @ (basis[-1] / basis[-1].norm().clamp(min=1e-300))))
     space = torch.linalg.qr(torch.stack(basis, dim=1)).Q
-    return start + space @ torch.linalg.lstsq(z @ space, t[:, None], driver="gelsd").solution[:, 0], centre
+    return space @ torch.linalg.lstsq(z @ space, t[:, None], driver="gelsd").solution[:, 0], centre
 
 
 def probed_places(n: Tensor, real: Tensor, probe_batch: float, probe_tokens: float) -> tuple[Tensor, Tensor]:
@@ -599,7 +599,6 @@ class Reference:
             raise ValueError(f"the ratio {ratio} becomes {self.ratio} for the layers that are not skipped")
         # By site: g of step 4 [positions, C], and how many calibration samples are behind it [positions].
         self.history: dict[str, Tensor] = {}
-        self.predictors: dict[str, Tensor] = {}  # by site: [D], what predicted errors in the last batch
         self.calibrated: dict[str, Tensor] = {}
 
     # Step 7: how many units stay
@@ -763,10 +762,7 @@ class Reference:
             whole = block.exit(block.exit_input(*arguments, every), every)
             narrow = block.exit(block.exit_input(*arguments, units), units)
             errors.append((whole - narrow).float().norm() / (residual[b, j].float().norm() + 1e-6))
-        start = self.predictors.get(block.site, torch.zeros(x.shape[2], dtype=torch.float64))
-        direction, centre = log_error(x[[b for b, _ in rows], [j for _, j in rows]], torch.tensor(errors), start)
-        if self.statistics == "fused" and self.history_momentum < 1:
-            self.predictors[block.site] = direction
+        direction, centre = log_error(x[[b for b, _ in rows], [j for _, j in rows]], torch.tensor(errors))
         dense = torch.zeros_like(real)
         for b, j in filled_up(rows, real, self.probed_share()):
             dense[b, j] = True

@@ -10,7 +10,7 @@ import ppgraph
 from ppgraph import _torch
 from ppgraph.errors import ConfigError
 from ppgraph.passes import PRUNE
-from ppgraph.passes.dense_tokens import error_predictor, predicted_errors
+from ppgraph.passes.dense_tokens import predicted_errors
 from ppgraph.passes.insert_score import InsertScore
 from tests.passes.graphs import HIDDEN, SITE, SMALL, ByPosition, Flattened, Mlp, Residual, captured, hidden
 from tests.test_exactness import SIZES, batch, llama
@@ -24,23 +24,15 @@ def test_errors_whose_logarithm_is_linear_are_ranked_from_a_few_tokens() -> None
     errors = (inputs @ torch.tensor([1.0, -2.0, 0.5])).exp()
     real = torch.arange(20) < 18
     wrong = torch.where(real, errors[:20], 1e6)  # padding has no say
-    predictor = error_predictor(inputs[:20], wrong, real, None)
-    assert torch.equal(predicted_errors(inputs, predictor).argsort(), errors.argsort())
+    predicted = predicted_errors(inputs[:20], wrong, real, inputs)
+    assert torch.equal(predicted.argsort(), errors.argsort())
 
 
 def test_equal_errors_and_no_tokens_predict_nothing() -> None:
-    probed = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(error_predictor(probed, torch.ones(3), None, None), torch.zeros(3))
-    nobody, before = torch.zeros(3, dtype=torch.bool), torch.tensor([1.0, -2.0, 0.5])
-    for start, expected in ((None, torch.zeros(3)), (before, before)):
-        assert torch.equal(error_predictor(probed, torch.ones(3), nobody, start), expected)
-
-
-def test_a_few_tokens_change_of_what_is_known_only_what_they_show() -> None:
-    known = torch.tensor([1.0, -2.0, 0.5])
-    probed = torch.tensor([[1.0, 0.0, 3.0], [-1.0, 0.0, 3.0]])  # they differ in the first feature alone
-    predictor = error_predictor(probed, torch.tensor([10.0, 2.0]).exp(), None, known)
-    torch.testing.assert_close(predictor, torch.tensor([4.0, -2.0, 0.5]))
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), None, inputs), torch.zeros(5))
+    nobody = torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(predicted_errors(inputs[:3], torch.ones(3), nobody, inputs), torch.zeros(5))
 
 
 @pytest.mark.parametrize("block", [Mlp(), Flattened()], ids=["mlp", "flattened"])
@@ -51,13 +43,6 @@ def test_half_of_the_tokens_run_on_all_channels_and_the_others_on_fewer(block: n
     assert program.results[SITE].meta["val"].shape == (9,)
     widths = {node.meta["val"].shape[-1] for node in graph.calls.values() if "linear" in node.name}
     assert widths == {6, 12, HIDDEN}
-
-
-@pytest.mark.parametrize(("statistics", "momentum", "moves"), [("fused", 0.9, 1), ("fused", 1.0, 0), ("probe", 0.9, 0)])
-def test_predictors_are_held_where_batches_move_the_history(statistics: str, momentum: float, moves: int) -> None:
-    graph = captured(Residual(Mlp()), config=SOME.replace(statistics=statistics, history_momentum=momentum))
-    program = graph.apply(*PRUNE)
-    assert [node.meta["val"].shape for node in program.state_nodes("predictor")] == [(HIDDEN,)] * moves
 
 
 class Product(Mlp):

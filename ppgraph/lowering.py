@@ -174,7 +174,7 @@ def _copy(module: GraphModule) -> GraphModule:
 def _compiled_alone(module: GraphModule, options: Mapping[str, Any]) -> Compiled:
     """Compile one graph, by C++ without vector instructions where that with them is no C++.
 
-    Inductor checks an index before the line that computes it, in some kernels that have vectors (torch 2.11 to 2.13).
+    Inductor checks an index before the line that computes it, in some kernels that have vectors (seen with torch 2.13).
     """
     spare = _copy(module)
     try:

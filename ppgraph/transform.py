@@ -224,7 +224,7 @@ class Pruning:
             except PPGraphError as error:
                 if torch._dynamo.config.verbose:
                     raise
-                # Without Dynamo's hundred frames, as its own errors are shown.
+                # Without the frames of Dynamo, as its own errors are shown.
                 raise error.with_traceback(None)  # noqa: B904
             if not call.ran:
                 raise CaptureError(

@@ -179,7 +179,7 @@ def test_a_kernel_that_fails_after_its_graph_was_planned_is_told_the_same(
 
 
 def marked(seen: torch.Tensor, values: torch.Tensor, other: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
-    """What doge does to its mask: Inductor (torch 2.11 to 2.13) checks the places ahead of computing them."""
+    """What doge does to its mask: Inductor (torch 2.13) checks the places ahead of computing them."""
     places = torch.arange(values.shape[1]) + lead.shape[0]
     samples = torch.arange(values.shape[0])
     kept = (places > 2) & seen[samples[:, None], places[None]].bool()

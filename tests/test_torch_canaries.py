@@ -421,12 +421,16 @@ def test_cpp_compile_error_says_what_the_compiler_said() -> None:
             module = _torch.to_aten(graph, fakes)
             with pytest.raises(_torch.CppCompileError) as caught:
                 _torch.lower_with_inductor(module, {})
-        assert "error:" in caught.value.output
+        said.append(caught.value.output)
         return graph
+
+    said: list[str] = []
 
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(marked, backend=backend, dynamic=True)(*marked_inputs())
+    assert len(said) == 1
+    assert "error:" in said[0]
 
 
 def test_backend_compiler_failed_carries_the_error_of_the_backend() -> None:

@@ -34,10 +34,13 @@ from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import CompileContext, Guard, TracingContext, tracing
+from torch._inductor import async_compile
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import CppCompileError
 from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.utils import clear_on_fresh_cache
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -296,21 +299,95 @@ def kernels_compiled_meanwhile() -> Iterator[None]:
     """Several graphs for Inductor in a row: C++ kernels of one compile in its workers while Python plans the next.
 
     The module that Inductor generates for a graph waits for its kernels, which it puts in the place of futures. Here
-    all these waits come at the end, before anything is called. Other threads wait as ever.
+    all these waits come at the end, before anything is called, and the kernels of a graph are one file. Other threads
+    compile and wait as ever.
     """
     wait, own_thread = AsyncCompile.wait, threading.get_ident()
     postponed: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    files = [_KernelFile()]
+
+    def collect(argument_types: Sequence[str], code: str, **options: Any) -> Callable[[], Any]:
+        if threading.get_ident() == own_thread and _KernelFile.takes(code):
+            return files[-1].add(argument_types, code)
+        alone: Callable[[], Any] = CppPythonBindingsCodeCache.load_pybinding_async(argument_types, code, **options)
+        return alone
 
     def postpone(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
         if threading.get_ident() == own_thread:
+            files[-1].submit()
+            files.append(_KernelFile())
             postponed.append((compiler, scope))
         else:
             wait(compiler, scope)
 
-    with _one_at_a_time, mock.patch.object(AsyncCompile, "wait", postpone):
+    cache = SimpleNamespace(load_pybinding_async=collect, load_pybinding=CppPythonBindingsCodeCache.load_pybinding)
+    with (
+        _one_at_a_time,
+        mock.patch.object(AsyncCompile, "wait", postpone),
+        mock.patch.object(async_compile, "CppPythonBindingsCodeCache", cache),
+    ):
         yield
     for compiler, scope in postponed:
         wait(compiler, scope)
+
+
+class _KernelFile:
+    """C++ kernels of one graph in one file, each in a namespace.
+
+    Most of the time that g++ takes for a kernel by itself goes to headers (benchmarks/NOTES.md).
+    """
+
+    exported = 'extern "C"'
+    header = f"#include <{CppPythonBindingsCodeCache._get_uncompiled_header('cpu')}>"
+    # What torch includes for the functions that Python calls: not to be in a namespace.
+    headers = "#define PY_SSIZE_T_CLEAN\n" + "\n".join(
+        f"#include <{name}>" for name in ("Python.h", "cerrno", "cstdlib", "sstream")
+    )
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.load: Callable[[], Any]
+
+    @classmethod
+    def takes(cls, code: str) -> bool:
+        """Whether a kernel exports one function and includes nothing but the header of all."""
+        directives = (line for line in map(str.strip, code.splitlines()) if line.startswith("#"))
+        plain = all(line == cls.header or line.startswith("#pragma ") for line in directives)
+        return plain and code.count(cls.exported) == 1
+
+    def add(self, argument_types: Sequence[str], code: str) -> Callable[[], Any]:
+        """Put a kernel in. What is returned gives the function that Python calls, once the file is submitted."""
+        file = self
+
+        class Kernel(CppPythonBindingsCodeCache):
+            entry_function = f"kernel{len(file.parts)}"
+
+            @classmethod
+            def load_async(cls, main_code: str, *_: Any, **__: Any) -> Any:
+                """Torch calls this with what it has added to the kernel: a module of Python's, named as above."""
+                file.parts.append(f"namespace {cls.entry_function} {{\n{main_code}\n}}\n")
+                return lambda: cls._load_library_inner(file.load().path, file.load().key)
+
+        kernel: Callable[[], Any] = Kernel.load_pybinding_async(argument_types, code.replace(self.exported, ""))
+        return kernel
+
+    def submit(self) -> None:
+        """Have a worker compile the file by the options set now."""
+        if self.parts:
+            code = "\n".join((self.header, self.headers, *self.parts))
+            self.load = _Library.load_async(code, submit_fn=AsyncCompile.submit)
+
+
+@clear_on_fresh_cache
+class _Library(CppPythonBindingsCodeCache):
+    """Inductor's cache of what it compiles, for files of which each kernel is loaded by itself."""
+
+    cache: dict[str, Callable[[], Any]] = {}  # noqa: RUF012 (as torch declares it)
+    cache_clear = staticmethod(cache.clear)
+
+    @classmethod
+    def _load_library_inner(cls, path: str, key: str) -> Any:
+        return SimpleNamespace(path=path, key=key)
 
 
 @contextlib.contextmanager

@@ -310,6 +310,46 @@ def test_lower_with_inductor_takes_an_aten_graph_and_options_and_may_postpone_it
     assert compiled
 
 
+def test_kernels_of_a_graph_are_one_file_but_for_those_that_need_one_of_their_own() -> None:
+    """Each is what it is alone: the same code in a namespace."""
+    files: list[str] = []
+    load = _torch._Library.load_async
+
+    def loading(code: str, **options: Any) -> Any:
+        files.append(code)
+        return load(code, **options)
+
+    def three_kernels(x: torch.Tensor) -> torch.Tensor:
+        return ((x.sin() @ x.t()).cos() @ x).exp()
+
+    def backend(graph: GraphModule, values: list[Any]) -> Any:
+        fakes = _torch.placeholder_values(graph)
+        with _torch.graph_world(_torch.fake_mode_of(fakes)):
+            traced = _torch.to_aten(graph, fakes)
+            with mock.patch.object(_torch._Library, "load_async", loading), _torch.kernels_compiled_meanwhile():
+                return _torch.lower_with_inductor(traced, {"fx_graph_cache": False})
+
+    x = torch.randn(5, 7)
+    takes = mock.Mock(side_effect=[True] * 3 + [False] + [True] * 2)
+    with mock.patch.object(_torch._KernelFile, "takes", takes):
+        for _ in range(2):
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(three_kernels, backend=backend)(x), three_kernels(x))
+    assert [code.count("namespace kernel") for code in files] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("code", "is_taken"),
+    [
+        ('#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel() {\n  #pragma omp for\n}', True),
+        ('#include <torch/csrc/inductor/cpp_prefix.h>\n#include <omp.h>\nextern "C" void kernel() {}', False),
+        ('extern "C" void kernel() {}\nextern "C" void more() {}', False),
+    ],
+)
+def test_a_kernel_with_headers_or_exports_of_its_own_is_a_file_of_its_own(code: str, is_taken: bool) -> None:
+    assert _torch._KernelFile.takes(code) == is_taken
+
+
 def test_a_graph_whose_size_is_made_of_one_that_is_no_input_compiles_again() -> None:
     """Inductor's cache on disk would have it fail the second time, in the same process as in another."""
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ppgraph.passes import Refusal
-from ppgraph.passes.operators import Axis, operand_axes, reshaped_axis
+from ppgraph.passes.operators import Axis, operand_axes, reshaped_axis, slot_write
 
 aten = torch.ops.aten
 
@@ -65,6 +65,7 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
     (aten.transpose.int, (values(2, 4, 6), 1, 2), 1),
     (aten.transpose.int, (values(2, 4, 6), -1, 0), 1),
     (aten.t.default, (values(4, 6),), 0),
+    (aten.t.default, (values(4, 6),), 1),
     (aten.permute.default, (values(2, 4, 6), [2, 0, 1]), 0),
     (aten.unsqueeze.default, (values(2, 4), 1), 2),
     (aten.unsqueeze.default, (values(2, 4), 2), 1),
@@ -184,3 +185,24 @@ def test_operands_of_size_one_are_needed_whole() -> None:
     node, tensors = node_of(aten.mul.Tensor, values(2, 4), values(2, 1))
     left, _ = tensors
     assert operand_axes(node, Axis(1)) == [(left, Axis(1))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "is_slots"),
+    [
+        ((2, 3, 6, 4), 2, True),
+        ((2, 3, 6, 4), -2, True),
+        ((2, 6, 3, 4), 1, False),
+        ((2, 6, 4), 1, False),
+        ((2, 1, 3, 6, 4), 3, False),
+    ],
+)
+def test_slots_of_a_cache_are_written_along_the_third_of_four_dimensions(
+    shape: tuple[int, ...], dim: int, is_slots: bool
+) -> None:
+    new = list(shape)
+    new[dim] = 2
+    node, _ = node_of(aten.index_copy.default, torch.zeros(shape), dim, torch.tensor([1, 4]), torch.ones(new))
+    assert slot_write(node) == (node if is_slots else None)
+    seen = node.graph.call_function(aten.slice.Tensor, (node, 0, 0, 1))
+    assert slot_write(seen) == (node if is_slots else None)

@@ -67,6 +67,17 @@ class Gated(Mlp):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Scaled(Mlp):
+    """Channels are scaled and shifted, by numbers that all rows share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)) * self.scale + self.shift)
+
+
 class FlattenedFused(Fused):
     """Gate and up are one linear, on [samples times tokens, hidden]."""
 
@@ -83,12 +94,13 @@ X = hidden(4, 6)
     [
         (Mlp(), [3, 21, 21]),  # the exit runs on all rows, the probe's apart
         (Gated(), [3, 21, 21, 21]),
+        (Scaled(), [3, 21, 21]),
         (Flattened(), [3, 21, 21]),
         (FlattenedFused(), [3, 21, 21]),
         (Attention(), [21, 21, 21, 24]),
         (Attention(2), [21, 21, 21, 24]),  # keys and values of groups stay whole, but for the probe's rows
     ],
-    ids=["mlp", "gated", "flattened", "fused", "mha", "gqa"],
+    ids=["mlp", "gated", "scaled", "flattened", "fused", "mha", "gqa"],
 )
 def test_products_leave_out_the_rows_that_were_probed(block: nn.Module, rows: list[int]) -> None:
     expected, _ = output(block, X, PROBED, reused=False)

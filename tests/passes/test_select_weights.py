@@ -14,7 +14,19 @@ from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights, sort_topologically
-from tests.passes.graphs import SITE, Attention, Captured, Flattened, Fused, Mlp, Residual, captured, hidden, targets
+from tests.passes.graphs import (
+    HIDDEN,
+    SITE,
+    Attention,
+    Captured,
+    Flattened,
+    Fused,
+    Mlp,
+    Residual,
+    captured,
+    hidden,
+    targets,
+)
 
 
 def narrowed(block: nn.Module, *inputs: torch.Tensor) -> Captured:
@@ -49,6 +61,23 @@ def test_an_mlp_runs_on_its_kept_channels(bias: bool) -> None:
     assert added.count("linear") == 2
     assert added.count("index_select") == (3 if bias else 2)  # the exit's bias is whole
     assert targets(graph.program).count("linear") == 2, "the dense block is gone"
+
+
+@pytest.mark.parametrize("kind", [Mlp, Flattened])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_that_keeps_nothing_is_its_exits_bias(kind: type[Mlp], bias: bool) -> None:
+    block = kind()
+    if bias:
+        block.down.bias = nn.Parameter(torch.zeros(HIDDEN))
+    graph = captured(Residual(block))
+    graph.program.shared["selectable"] = {SITE}
+    graph.program.allocation = {SITE: 0}
+    (site,) = graph.apply(*ANALYSE, ReuseSelection(), SelectWeights()).sites
+    assert site.kept == 0
+    x = hidden(4, 6)
+    state = [torch.tensor([], dtype=torch.long) for _ in graph.program.state_inputs]
+    torch.testing.assert_close(graph.output(x, state=state), x + block.down.bias if bias else x)
+    assert targets(graph.program).count("linear") == 0
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])

@@ -160,6 +160,30 @@ class Changed(Mlp):
         return self.down(self.change(F.relu(self.up(x)))).reshape(x.shape)
 
 
+class Led(Mlp):
+    """A learned place ahead of all tokens, as attention sinks have, that only the block itself sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(1, 1, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        led = torch.cat([self.first.expand(x.shape[0], -1, -1), F.relu(self.up(x))], 1)
+        return self.down((led * 2)[:, 1:])
+
+
+def test_tokens_behind_others_that_a_slice_leaves_out_are_probed_at_their_places() -> None:
+    graph, _ = plan_of(block := Led())
+    expose = Expose(
+        lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
+    )
+    graph.apply(InsertProbe(), expose)
+    x = hidden(4, 6)
+    found = graph.results(x)
+    expected = 2 * F.relu(block.up(x.reshape(-1, HIDDEN)[found["rows"]]))
+    torch.testing.assert_close(found["y"].reshape(-1, 12), expected)
+
+
 class Turned(Mlp):
     """Runs with tokens ahead of samples, as three dimensions or flattened."""
 

@@ -38,7 +38,7 @@ from torch._inductor import async_compile
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.exc import CppCompileError
+from torch._inductor.exc import CppCompileError, InductorError
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import clear_on_fresh_cache
 from torch._logging._internal import trace_structured
@@ -215,7 +215,12 @@ def lower_with_inductor(module: GraphModule, options: Mapping[str, Any]) -> Call
     if not _symbols_are_inputs(values):
         patches["fx_graph_cache"] = False
     with tracing(TracingContext(fake_mode_of(values))):  # one for each: what it holds belongs to a single graph
-        compiled = compile_fx(module, values, config_patches=patches)
+        try:
+            compiled = compile_fx(module, values, config_patches=patches)
+        except InductorError as error:
+            if isinstance(error.inner_exception, CppCompileError):  # as torch 2.11 raises it
+                raise error.inner_exception from None
+            raise
     assert callable(compiled)
     if not hidden:
         return compiled

@@ -419,8 +419,9 @@ def test_inductor_compares_two_sizes_by_hints_where_it_is_told_to() -> None:
         mode = _torch.fake_mode_of(fakes)
         sizes = SizeVarAllocator(mode.shape_env)
         with _torch.graph_world(mode):
-            with pytest.raises(TypeError, match="evaluate_min"):
-                sizes.evaluate_min(left, right)
+            if not torch.__version__.startswith("2.11."):  # which looks at hints by itself
+                with pytest.raises(TypeError, match="evaluate_min"):
+                    sizes.evaluate_min(left, right)
             with _torch.sizes_compared_by_hints():
                 found.append((sizes.evaluate_min(left, right), right))
         return graph

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ppgraph.errors import ConfigError, GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.find_sites import products_found
-from tests.passes.graphs import HIDDEN, SITE, SMALL, Attention, Mlp, Residual, captured
+from tests.passes.graphs import HIDDEN, SITE, SMALL, Attention, Fused, Mlp, Residual, captured
 
 
 def test_a_plain_mlp_is_a_site_with_its_biases() -> None:
@@ -167,12 +167,40 @@ class Normalised(Mlp):
         return self.down(F.layer_norm(self.up(x), (12,)))
 
 
+class FusedAndRead(Fused):
+    """Something else reads the fused projection as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.up(x)
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up) * both.cos().mean()
+
+
+class BesideHeads(Attention):
+    """Three more channels come out beside those of four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more, self.o = nn.Linear(HIDDEN, 3, bias=False), nn.Linear(HIDDEN + 3, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = F.scaled_dot_product_attention(*self.projected(x), is_causal=True)
+        return self.o(torch.cat([mixed.transpose(1, 2).flatten(2), F.relu(self.more(x))], -1))
+
+
+def test_channels_that_are_no_multiple_of_the_heads_are_not_taken_for_heads() -> None:
+    (site,) = captured(Residual(BesideHeads())).apply(*ANALYSE).sites
+    assert (site.kind, site.width, site.units, site.block) == ("attention", 11, 11, 1)
+    assert site.refused
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
         (MixingTokens(), "cumsum (aten.cumsum): it mixes neighbouring tokens"),
         (WithoutWeight(), "(aten.matmul): the block does not end in a linear with a weight parameter"),
         (Reversed(), "flip (aten.flip): no operator rule says where dimension"),
+        (FusedAndRead(), "cos (aten.cos): it uses the fused output of linear as a whole"),
         (Normalised(), "layer_norm (aten.layer_norm): it mixes dimension 2, so that a part of it takes all"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

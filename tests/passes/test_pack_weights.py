@@ -8,7 +8,7 @@ import torch
 from ppgraph.errors import GraphError
 from ppgraph.passes import REUSE
 from ppgraph.passes.pack_weights import PackWeights, nodes_of_selection
-from tests.passes.graphs import SITE, Attention, Captured, Mlp, Residual, captured, hidden, targets
+from tests.passes.graphs import SITE, SMALL, Attention, Captured, Mlp, Residual, captured, hidden, targets
 
 
 def packed(block: torch.nn.Module) -> Captured:
@@ -56,6 +56,19 @@ def test_packed_tensors_are_the_kept_rows_and_columns(
     up, down = sorted(pack(graph, units), key=lambda tensor: tensor.shape[1], reverse=True)
     assert torch.equal(up, block.up.weight[units])
     assert torch.equal(down, block.down.weight[:, units])
+
+
+def test_inputs_of_a_packing_stand_before_what_it_computes() -> None:
+    config = SMALL.replace(observed="second-moment", compensation="least-squares")
+    graph = captured(Residual(Mlp()), config=config)
+    graph.program.shared["selectable"] = {SITE}
+    graph.apply(*REUSE)
+    assert graph.program.packing is not None
+    nodes = [*graph.program.packing.module.graph.nodes]
+    is_input = [node.op == "placeholder" for node in nodes]
+    assert is_input == sorted(is_input, reverse=True)
+    assert [node.name for node in nodes if node.name.startswith("packed_")] == ["packed_0", "packed_1"]
+    assert any("solve" in node.name for node in nodes)
 
 
 def test_shared_keys_are_indexed_at_each_step() -> None:

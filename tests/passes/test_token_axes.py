@@ -172,15 +172,23 @@ class Led(Mlp):
         return self.down((led * 2)[:, 1:])
 
 
-def test_tokens_behind_others_that_a_slice_leaves_out_are_probed_at_their_places() -> None:
-    graph, _ = plan_of(block := Led())
+class Shifted(Mlp):
+    """All channels of a token get a number that the model writes into a tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x) + x.new_full((*x.shape[:2], 1), 0.5)) * 2)
+
+
+@pytest.mark.parametrize(("block", "shift"), [(Led(), 0.0), (Shifted(), 0.5)], ids=["behind another", "shifted"])
+def test_tokens_are_probed_at_their_places_whatever_the_block_puts_beside_them(block: Mlp, shift: float) -> None:
+    graph, _ = plan_of(block)
     expose = Expose(
         lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
     )
     graph.apply(InsertProbe(), expose)
     x = hidden(4, 6)
     found = graph.results(x)
-    expected = 2 * F.relu(block.up(x.reshape(-1, HIDDEN)[found["rows"]]))
+    expected = 2 * F.relu(block.up(x.reshape(-1, HIDDEN)[found["rows"]]) + shift)
     torch.testing.assert_close(found["y"].reshape(-1, 12), expected)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
 from ppgraph.errors import GraphError
-from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Builder, PassResult, Program
+from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Builder, PassResult, Program, manager
 from tests.passes.graphs import Expose, Mlp, Residual, captured, hidden, targets
 
 aten = torch.ops.aten
@@ -60,6 +62,15 @@ def test_each_pass_is_recorded_and_logged(caplog: pytest.LogCaptureFixture) -> N
     assert lines[0].startswith("noting: 0 nodes added, 1 refusals, ")
     assert lines[1] == "noting refused somewhere: neg (aten.neg): no reason"
     assert lines[2].startswith("negating: 2 nodes added, 0 refusals, ")
+
+
+def test_observers_are_told_how_long_each_stage_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = captured(Residual(Mlp()))
+    told: list[tuple[str, float]] = []
+    graph.program.observer = lambda program, stage, outcome, elapsed_ms: told.append((stage, elapsed_ms))
+    monkeypatch.setattr(manager.time, "perf_counter", partial(next, itertools.count(10)))
+    graph.apply(Noting(), Negating())
+    assert told == [("captured", 0.0), ("noting", 1e3), ("negating", 1e3), ("attach_results", 1e3)]
 
 
 def test_order_and_repetition_are_checked_before_a_pass_touches_the_graph() -> None:

@@ -107,13 +107,17 @@ def test_tables_by_position_are_gathered_at_the_probed_tokens() -> None:
     )
 
 
+@pytest.mark.parametrize(("samples", "tokens"), [(2, 3), (4, 5)])  # 5 tokens are more than a padded sample has
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("block", [Positional(), Folded()], ids=["apart", "folded"])
-def test_the_probe_is_the_block_on_the_probed_tokens_at_their_places(block: Positional, is_padded: bool) -> None:
+def test_the_probe_is_the_block_on_the_probed_tokens_at_their_places(
+    block: Positional, is_padded: bool, samples: int, tokens: int
+) -> None:
+    config = SMALL.replace(probe_batch=samples / 4, probe_tokens=tokens / 6 - 1e-6)
     x, mask = hidden(4, 6), torch.ones(4, 6, dtype=torch.long)
     mask[1, :2] = mask[3, :1] = 0
     inputs = (x, mask) if is_padded else (x,)
-    graph = captured((MaskedResidual if is_padded else Residual)(block), *inputs, config=HALF)
+    graph = captured((MaskedResidual if is_padded else Residual)(block), *inputs, config=config)
     expose = Expose(
         lambda program: (
             {
@@ -126,10 +130,10 @@ def test_the_probe_is_the_block_on_the_probed_tokens_at_their_places(block: Posi
     )
     graph.apply(*ANALYSE, InsertProbe(), expose)
     found = graph.results(*inputs)
-    assert found["y"].shape == (2, 3, HIDDEN)
-    columns, stream = found["columns"].expand(2, 3), x * mask[:, :, None] if is_padded else x
+    assert found["y"].shape == (samples, tokens, HIDDEN)
+    columns, stream = found["columns"].expand(samples, tokens), x * mask[:, :, None] if is_padded else x
     for y, sample, places, real in zip(
-        found["y"], found["samples"], columns, found.get("real", torch.ones(2, 3) > 0), strict=True
+        found["y"], found["samples"], columns, found.get("real", torch.ones(samples, tokens) > 0), strict=True
     ):
         expected = block.exit_input(stream[sample, places[real]][None], places[real])[0]
         torch.testing.assert_close(y[real], expected)

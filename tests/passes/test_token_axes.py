@@ -99,6 +99,18 @@ class Folded(Positional):
         return mixed.transpose(1, 2).reshape(samples, tokens, HIDDEN)
 
 
+class Scaled(Positional):
+    """Scores are scaled by the largest that a token has, as far as it sees keys."""
+
+    def exit_input(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.projected(x)
+        later = (places[None, :] > places[:, None])[None, None]
+        scores = (query @ key.transpose(2, 3)).masked_fill(later, 0.0)
+        scores = scores / (scores.abs().amax(-1, keepdim=True) + 1)
+        weights = scores.masked_fill(later, -1e9).softmax(-1)
+        return (weights @ value).transpose(1, 2).reshape(x.shape[0], x.shape[1], HIDDEN)
+
+
 def test_tables_by_position_are_gathered_at_the_probed_tokens() -> None:
     _, plan = plan_of(Positional())
     assert {1: "token", 0: "sample"} in gathered(plan).values()
@@ -109,7 +121,7 @@ def test_tables_by_position_are_gathered_at_the_probed_tokens() -> None:
 
 @pytest.mark.parametrize(("samples", "tokens"), [(2, 3), (4, 5)])  # 5 tokens are more than a padded sample has
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("block", [Positional(), Folded()], ids=["apart", "folded"])
+@pytest.mark.parametrize("block", [Positional(), Folded(), Scaled()], ids=["apart", "folded", "scaled"])
 def test_the_probe_is_the_block_on_the_probed_tokens_at_their_places(
     block: Positional, is_padded: bool, samples: int, tokens: int
 ) -> None:

@@ -92,6 +92,24 @@ def test_a_gate_beside_the_block_leaves_it_a_site() -> None:
     assert (site.status, site.exit) == ("pruned", (f"{SITE}.down.weight",))
 
 
+class Adapted(Mlp):
+    """A low-rank adapter beside the exit linear, which reads the channels too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 2, bias=False), nn.Linear(2, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = F.relu(self.up(x))
+        return self.down(inner) + self.b(self.a(inner))
+
+
+def test_an_adapter_beside_the_exit_is_no_block_of_its_own() -> None:
+    (site,) = captured(Residual(Adapted())).apply(*ANALYSE).sites
+    assert (site.status, site.exit) == ("dense", (f"{SITE}.down.weight",))
+    assert site.reason == "relu (aten.relu): its value is needed whole elsewhere"
+
+
 class Layers(Residual):
     def __init__(self, count: int) -> None:
         super().__init__(Mlp())

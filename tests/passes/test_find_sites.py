@@ -110,6 +110,20 @@ def test_an_adapter_beside_the_exit_is_no_block_of_its_own() -> None:
     assert site.reason == "relu (aten.relu): its value is needed whole elsewhere"
 
 
+class FlatSum(Residual):
+    """Tokens are flattened before the block, and what it gives is added to them as rows."""
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x.flatten(0, 1), attention_mask).view(x.shape)
+
+
+def test_a_stream_that_is_flattened_is_known_by_its_samples_and_tokens() -> None:
+    graph = captured(FlatSum(Mlp()))
+    (site,) = graph.apply(*ANALYSE).sites
+    assert site.status == "pruned", site.reason
+    assert graph.program.analysis[SITE].stream.op == "placeholder"
+
+
 class Layers(Residual):
     def __init__(self, count: int) -> None:
         super().__init__(Mlp())

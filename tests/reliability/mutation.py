@@ -26,7 +26,7 @@ from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
 from tests.reliability import likely_first, record
 
-TESTS = ("tests/passes", "tests/test_exactness.py")
+TESTS = ("tests/passes", "tests/test_exactness.py", "tests/test_reference.py", "tests/test_cache.py")
 CONFIG = """\
 [cosmic-ray]
 module-path = "passes"
@@ -96,8 +96,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: what was found so far is kept")
     result = {"mutations": mutations, "seed": options.seed, "tests": options.tests, **found(session)}
-    seconds = round(time.monotonic() - start)
-    record.write("mutation", {"program": "tests/reliability/mutation.py", **result, "seconds": seconds})
+    result = {"program": "tests/reliability/mutation.py", **result, "seconds": round(time.monotonic() - start)}
+    record.write(f"mutation-seed{options.seed}", result)
     for survivor in result["survivors"]:
         print(survivor["diff"])
     print(f"{result['killed']} of {result['run']} killed")

@@ -37,6 +37,7 @@ from torch._guards import CompileContext, Guard, TracingContext, tracing
 from torch._inductor import async_compile
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.codegen.cpp import stride_at_vec_range  # type: ignore[attr-defined]
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import CppCompileError, InductorError
 from torch._inductor.sizevars import SizeVarAllocator
@@ -49,7 +50,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from torch.utils.flop_counter import sdpa_flop_count
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "graphs_left",
     "hides_interrupt",
     "hint",
+    "indices_simplified_where_it_matters",
     "inductor_options",
     "is_wrapped",
     "kernels_compiled_meanwhile",
@@ -412,6 +414,24 @@ def sizes_compared_by_hints() -> Iterator[None]:
                 return evaluate_min(sizes, left, right)
 
     with _one_at_a_time, mock.patch.object(SizeVarAllocator, "evaluate_min", by_hints):
+        yield
+
+
+@contextlib.contextmanager
+def indices_simplified_where_it_matters() -> Iterator[None]:
+    """Let Inductor's C++ backend ask sympy to simplify an index only where the loop's variable is divided in it.
+
+    It does so for every index and loop, which takes a seventh of planning a graph with symbolic sizes. Elsewhere it is
+    done in vain: the stride that is looked for is simplified by itself.
+    """
+    names = stride_at_vec_range.__wrapped__.__globals__  # the module differs between releases
+    simplify = names["simplify_index_in_vec_range"]
+
+    def where_it_matters(index: sympy.Expr, var: sympy.Symbol, vec_length: int) -> sympy.Expr:
+        matters = any(division.has(var) for division in index.atoms(FloorDiv, ModularIndexing))
+        return simplify(index, var, vec_length) if matters else index
+
+    with _one_at_a_time, mock.patch.dict(names, simplify_index_in_vec_range=where_it_matters):
         yield
 
 

@@ -148,7 +148,7 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
     options = {**options, "triton.cudagraphs": False}
     spare = [_copy(module) for module in modules]
     try:
-        with _torch.sizes_compared_by_hints():
+        with _torch.sizes_compared_by_hints(), _torch.indices_simplified_where_it_matters():
             try:
                 meanwhile = contextlib.nullcontext() if elsewhere else _torch.kernels_compiled_meanwhile()
                 with meanwhile:

@@ -14,11 +14,13 @@ import sympy
 import torch
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.cpp import stride_at_vec_range
 from torch._inductor.sizevars import SizeVarAllocator
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.sym_node import SymNode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppgraph import _torch
@@ -348,6 +350,37 @@ def test_kernels_of_a_graph_are_one_file_but_for_those_that_need_one_of_their_ow
 )
 def test_a_kernel_with_headers_or_exports_of_its_own_is_a_file_of_its_own(code: str, is_taken: bool) -> None:
     assert _torch._KernelFile.takes(code) == is_taken
+
+
+def test_strides_are_those_of_indices_that_are_simplified() -> None:
+    """What is left out changes no stride that Inductor makes its loops by."""
+    x, y, size = sympy.symbols("x y size", integer=True, positive=True)
+    width = sympy.Max(2, FloorDiv(size + 1, 2))
+    indices = [
+        1408 * x + y,
+        x + width * y,
+        width * (x + y) + FloorDiv(size + 19, 20),
+        FloorDiv(x, 32) + y,
+        FloorDiv(x, width) * 7 + ModularIndexing(x, 1, 64),
+        ModularIndexing(y, 1, width) + x,
+        (x + 3) * (y + size) - x * y,
+    ]
+    stride = stride_at_vec_range.__wrapped__
+    simplify = stride.__globals__["simplify_index_in_vec_range"]
+    expected = [stride(index, var, 16) for index in indices for var in (x, y)]
+    watched = mock.Mock(side_effect=simplify)
+    with (
+        mock.patch.dict(stride.__globals__, simplify_index_in_vec_range=watched),
+        _torch.indices_simplified_where_it_matters(),
+    ):
+        found = [stride(index, var, 16) for index in indices for var in (x, y)]
+    assert found == expected
+    asked = {(call.args[0], call.args[1]) for call in watched.call_args_list}
+    assert {(index, var) for index in indices for var in (x, y)} & asked == {
+        (indices[3], x),
+        (indices[4], x),
+        (indices[5], y),
+    }
 
 
 def test_a_graph_whose_size_is_made_of_one_that_is_no_input_compiles_again() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ppgraph.config import PruneConfig
 from ppgraph.errors import GraphError
 from ppgraph.passes import REUSE
 from ppgraph.passes.pack_weights import PackWeights, nodes_of_selection
 from tests.passes.graphs import SITE, SMALL, Attention, Captured, Mlp, Residual, captured, hidden, targets
 
 
-def packed(block: torch.nn.Module) -> Captured:
-    graph = captured(Residual(block), hidden().to(next(block.parameters()).dtype))
+def packed(block: torch.nn.Module, config: PruneConfig = SMALL) -> Captured:
+    graph = captured(Residual(block), hidden().to(next(block.parameters()).dtype), config=config)
     graph.program.shared["selectable"] = {SITE}
     graph.apply(*REUSE)
     return graph
@@ -59,10 +60,7 @@ def test_packed_tensors_are_the_kept_rows_and_columns(
 
 
 def test_inputs_of_a_packing_stand_before_what_it_computes() -> None:
-    config = SMALL.replace(observed="second-moment", compensation="least-squares")
-    graph = captured(Residual(Mlp()), config=config)
-    graph.program.shared["selectable"] = {SITE}
-    graph.apply(*REUSE)
+    graph = packed(Mlp(), SMALL.replace(observed="second-moment", compensation="least-squares"))
     assert graph.program.packing is not None
     nodes = [*graph.program.packing.module.graph.nodes]
     is_input = [node.op == "placeholder" for node in nodes]

@@ -14,24 +14,13 @@ from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE
 from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights, sort_topologically
-from tests.passes.graphs import (
-    HIDDEN,
-    SITE,
-    Attention,
-    Captured,
-    Flattened,
-    Fused,
-    Mlp,
-    Residual,
-    captured,
-    hidden,
-    targets,
-)
+from tests.passes.graphs import SITE, Attention, Captured, Flattened, Fused, Mlp, Residual, captured, hidden, targets
 
 
-def narrowed(block: nn.Module, *inputs: torch.Tensor) -> Captured:
+def narrowed(block: nn.Module, *inputs: torch.Tensor, kept: int | None = None) -> Captured:
     """The block's graph, captured with `inputs` if there are any, with the kept units as an input."""
     graph = captured(Residual(block), *inputs)
+    graph.program.allocation = None if kept is None else {SITE: kept}
     graph.program.shared["selectable"] = {SITE}
     graph.apply(*ANALYSE, ReuseSelection(), SelectWeights())
     return graph
@@ -66,14 +55,8 @@ def test_an_mlp_runs_on_its_kept_channels(bias: bool) -> None:
 @pytest.mark.parametrize("kind", [Mlp, Flattened])
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_mlp_that_keeps_nothing_is_its_exits_bias(kind: type[Mlp], bias: bool) -> None:
-    block = kind()
-    if bias:
-        block.down.bias = nn.Parameter(torch.zeros(HIDDEN))
-    graph = captured(Residual(block))
-    graph.program.shared["selectable"] = {SITE}
-    graph.program.allocation = {SITE: 0}
-    (site,) = graph.apply(*ANALYSE, ReuseSelection(), SelectWeights()).sites
-    assert site.kept == 0
+    graph = narrowed(block := kind(bias=bias), kept=0)
+    assert [site.kept for site in graph.program.sites] == [0]
     x = hidden(4, 6)
     state = [torch.tensor([], dtype=torch.long) for _ in graph.program.state_inputs]
     torch.testing.assert_close(graph.output(x, state=state), x + block.down.bias if bias else x)

@@ -42,6 +42,15 @@ def gathered(plan: ProbePlan) -> dict[str, dict[int, str]]:
     return {node.name: {dim: tag.counts for dim, tag in tags} for node, tags in plan.gathered}
 
 
+def probed(graph: Captured, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the probe gives of each of its tokens, `y`, and where those are among all tokens, `rows`."""
+    expose = Expose(
+        lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
+    )
+    graph.apply(InsertProbe(), expose)
+    return graph.results(x)
+
+
 class Normed(Mlp):
     """As in a real model: a norm stands between the stream and the block."""
 
@@ -155,12 +164,8 @@ def test_flattened_tokens_are_gathered_as_rows_or_before() -> None:
     graph, plan = plan_of(Flattened())
     assert {tag for tags in gathered(plan).values() for tag in tags.values()} <= {"row", "sample", "token"}
     block = graph.module.layers[0]["block"]  # type: ignore[union-attr,index]
-    expose = Expose(
-        lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
-    )
-    graph.apply(InsertProbe(), expose)
     x = hidden(4, 6)
-    found = graph.results(x)
+    found = probed(graph, x)
     expected = F.relu(block.up(x.reshape(-1, HIDDEN)[found["rows"]]))
     torch.testing.assert_close(found["y"].reshape(-1, 12), expected)
 
@@ -198,12 +203,8 @@ class Shifted(Mlp):
 @pytest.mark.parametrize(("block", "shift"), [(Led(), 0.0), (Shifted(), 0.5)], ids=["behind another", "shifted"])
 def test_tokens_are_probed_at_their_places_whatever_the_block_puts_beside_them(block: Mlp, shift: float) -> None:
     graph, _ = plan_of(block)
-    expose = Expose(
-        lambda program: {"y": program.shared["probe", SITE].y, "rows": program.shared["probe", SITE].sampling.rows}
-    )
-    graph.apply(InsertProbe(), expose)
     x = hidden(4, 6)
-    found = graph.results(x)
+    found = probed(graph, x)
     expected = 2 * F.relu(block.up(x.reshape(-1, HIDDEN)[found["rows"]]) + shift)
     torch.testing.assert_close(found["y"].reshape(-1, 12), expected)
 

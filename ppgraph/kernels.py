@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Queries of one product with the keys that any of them sees, and from how many queries or keys on: fewer gain less or
-# nothing (`benchmarks/NOTES.md`).
-QUERIES = 256
-WORTHWHILE = 512
+# Queries of one product with the keys that any of them sees, and bytes of its scores for each thread, about what a
+# core's cache holds (`benchmarks/NOTES.md`).
+QUERIES = 64
+SCORES = 1 << 20
 
 
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -52,35 +52,30 @@ def fake_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.new_empty((count,), dtype=torch.int64)
 
 
-def seen_keys(mask: torch.Tensor) -> torch.Tensor:
-    """Which keys queries see, by a mask [B, H, S, K] on a CPU that is added to scores: [blocks, 2] int64.
+def keys_by_block(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys queries see, by a mask [B, H, S, K] on a CPU that is added to scores: [blocks, 3] int64.
 
-    For each block of `QUERIES` queries the first key that any sample's see, and the one behind the last. All keys where
-    they are few.
+    For each block of `QUERIES` queries the first key that any sample's see, the one behind the last, and 1 where some
+    sample's query sees none, else 0.
     """
-    queries, keys = mask.shape[-2:]
-    bounds = torch.tensor([0, keys]).repeat(_blocks(queries), 1)
-    if _are_few(queries, keys):
-        return bounds
+    sees_none = _hides_all(mask).flatten(0, 1).any(0)
     highest_of_all = mask.amax((0, 1))
+    bounds = torch.empty((_blocks(len(sees_none)), 3), dtype=torch.int64)
     for block, rows in enumerate(highest_of_all.split(QUERIES)):
         places = (rows != -math.inf).any(0).nonzero()
-        # Where queries see nothing, one key is left to make of that what the kernel does.
-        bounds[block] = torch.cat((places[0], places[-1] + 1)) if len(places) else torch.tensor([0, 1])
+        # Where no query sees anything, one key stands for all.
+        bounds[block, :2] = torch.cat((places[0], places[-1] + 1)) if len(places) else torch.tensor([0, 1])
+        bounds[block, 2] = sees_none[block * QUERIES : (block + 1) * QUERIES].any()
     return bounds
 
 
-def fake_seen_keys(mask: torch.Tensor) -> torch.Tensor:
-    """What `seen_keys` gives, without its values."""
-    return mask.new_empty((_blocks(mask.shape[-2]), 2), dtype=torch.int64)
+def fake_keys_by_block(mask: torch.Tensor) -> torch.Tensor:
+    """What `keys_by_block` gives, without its values."""
+    return mask.new_empty((_blocks(mask.shape[-2]), 3), dtype=torch.int64)
 
 
 def _blocks(queries: int) -> int:
     return (queries + QUERIES - 1) // QUERIES
-
-
-def _are_few(queries: int, keys: int) -> bool:
-    return max(queries, keys) < WORTHWHILE
 
 
 def attention_by_blocks(
@@ -94,26 +89,52 @@ def attention_by_blocks(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` [B, H, S, D] on a CPU, of each block of queries with the keys that it sees.
 
-    `bounds` are what `seen_keys` makes of the mask. Torch's kernel goes through all keys of a mask that hides the
-    future, and leaves out half of the work only where it is told to be causal; which masks of padding, windows or
-    packed texts are not.
+    `bounds` are what `keys_by_block` makes of the mask. Torch's kernel goes through all keys of a mask that hides the
+    future, in products too small to be fast. Here those of some samples are one, as many as have scores that stay in
+    cache. Scores are rounded to the query's dtype, as in attention written out; torch's kernel keeps them in fp32.
     """
-    if _are_few(query.shape[-2], key.shape[-2]):
-        whole = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
-        return whole.transpose(1, 2).contiguous().transpose(1, 2)
-    pieces = []
-    for block, (first, last) in enumerate(bounds.tolist()):
-        rows, keys = slice(block * QUERIES, (block + 1) * QUERIES), slice(first, last)
-        attended = scaled_dot_product_attention(
-            query[:, :, rows],
-            key[:, :, keys],
-            value[:, :, keys],
-            mask[:, :, rows, keys],
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-        pieces.append(attended.transpose(1, 2))
-    return torch.cat(pieces, 1).transpose(1, 2)
+    if not _has_fast_products(query.dtype):
+        attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+        return attended.transpose(1, 2).contiguous().transpose(1, 2)
+    samples, heads, queries, _ = query.shape
+    attended = query.new_empty((samples, queries, heads, value.shape[-1])).transpose(1, 2)
+    mask = mask.expand(samples, -1, -1, -1)
+    blocks = bounds.tolist()
+    most_keys = max(last - first for first, last, _ in blocks)
+    of_a_sample = heads * min(queries, QUERIES) * most_keys * query.element_size()
+    some = max(1, SCORES * torch.get_num_threads() // of_a_sample)
+    key, value = key.contiguous(), value.contiguous()
+    for start in range(0, samples, some):
+        part = slice(start, start + some)
+        for block, (first, last, sees_none) in enumerate(blocks):
+            rows, keys = slice(block * QUERIES, (block + 1) * QUERIES), slice(first, last)
+            seen = mask[part, :, rows, keys]
+            found = _attend(query[part, :, rows], key[part, :, keys], value[part, :, keys], seen, scale)
+            attended[part, :, rows] = found.masked_fill(_hides_all(seen), 0.0) if sees_none else found
+    return attended
+
+
+def _hides_all(mask: torch.Tensor) -> torch.Tensor:
+    return mask.amax(-1, keepdim=True) == -math.inf
+
+
+def _has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of this type; what torch does otherwise is many times slower."""
+    if dtype == torch.bfloat16:
+        return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return dtype != torch.float16
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """What queries attend to; those of all heads that share keys are one product."""
+    samples, heads, queries, size = query.shape
+    products = samples * key.shape[1]
+    scores = query.new_empty((samples, heads, queries, key.shape[2])).copy_(mask).view(products, -1, key.shape[2])
+    scale = size**-0.5 if scale is None else scale
+    scores.baddbmm_(query.reshape(products, -1, size), key.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return (scores.softmax(-1) @ value.flatten(0, 1)).view(samples, heads, queries, -1)
 
 
 def fake_attention_by_blocks(
@@ -125,10 +146,11 @@ def fake_attention_by_blocks(
 
 
 # `custom_op` would put Python of its own around each call, as long as the gather of a small history.
+# Inductor's cache on disk knows operators by name: one that gives another shape than before needs another name.
 for _name, _schema, _kernel, _fake in (
     ("columns", "(Tensor matrix, Tensor index) -> Tensor", columns, fake_columns),
     ("highest", "(Tensor scores, SymInt count) -> Tensor", highest, fake_highest),
-    ("seen_keys", "(Tensor mask) -> Tensor", seen_keys, fake_seen_keys),
+    ("keys_by_block", "(Tensor mask) -> Tensor", keys_by_block, fake_keys_by_block),
     (
         "attention_by_blocks",
         "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor bounds, float? scale, bool enable_gqa) -> Tensor",
@@ -142,5 +164,5 @@ for _name, _schema, _kernel, _fake in (
 
 COLUMNS = torch.ops.ppgraph.columns.default
 HIGHEST = torch.ops.ppgraph.highest.default
-SEEN_KEYS = torch.ops.ppgraph.seen_keys.default
+KEYS_BY_BLOCK = torch.ops.ppgraph.keys_by_block.default
 ATTENTION_BY_BLOCKS = torch.ops.ppgraph.attention_by_blocks.default

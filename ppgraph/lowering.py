@@ -24,7 +24,7 @@ from torch.fx.passes.split_module import split_module
 
 from ppgraph import _torch
 from ppgraph.errors import LoweringError
-from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, SEEN_KEYS
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, KEYS_BY_BLOCK
 from ppgraph.passes.base import Builder, Program, same_size, shape_of, signature
 from ppgraph.passes.operators import argument, is_fused_attention, is_one
 
@@ -104,7 +104,7 @@ def _attend_by_blocks(program: Program) -> None:
         query, key, value, mask = node.args[0], node.args[1], node.args[2], argument(node, 3, "attn_mask")
         whole = _of_all_heads(mask)
         if whole not in bounds:
-            bounds[whole] = _behind(program, whole)(SEEN_KEYS, whole)
+            bounds[whole] = _behind(program, whole)(KEYS_BY_BLOCK, whole)
         scale, enable_gqa = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
         build = Builder(program, node, "lowering")
         attended = build(ATTENTION_BY_BLOCKS, query, key, value, mask, bounds[whole], scale, enable_gqa)
@@ -127,12 +127,14 @@ def _of_all_heads(mask: Node) -> Node:
 
 def _has_blocks(node: Node) -> bool:
     """Whether an attention has several queries, each with its row of a mask, and lays out what it gives as ours."""
-    query, mask = node.args[0], argument(node, 3, "attn_mask")
+    query, key, mask = node.args[0], node.args[1], argument(node, 3, "attn_mask")
     if not isinstance(mask, Node) or _off_the_cpu(mask) or not mask.meta["val"].is_floating_point():
         return False
-    assert isinstance(query, Node)
+    assert isinstance(query, Node) and isinstance(key, Node)
     queries, rank = shape_of(query)[-2], len(shape_of(query))
     if rank != 4 or len(shape_of(mask)) != 4 or not same_size(shape_of(mask)[2], queries):
+        return False
+    if not same_size(shape_of(key)[0], shape_of(query)[0]):
         return False
     dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
     attended = node.meta["val"]

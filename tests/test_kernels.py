@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppgraph import kernels
-from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST, SEEN_KEYS
+from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST, KEYS_BY_BLOCK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -44,22 +44,32 @@ def hidden(*seen: tuple[int, int, int]) -> torch.Tensor:
 
 def test_of_each_block_of_queries_all_keys_are_seen_that_any_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "QUERIES", 4)
-    monkeypatch.setattr(kernels, "WORTHWHILE", 12)
     mask = hidden((0, 0, 1), (3, 2, 3), (5, 4, 4), (6, 3, 3))
-    assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [0, 1]]
-    assert SEEN_KEYS(mask[:, :, :2]).tolist() == [[0, 2]]  # few queries, many slots of a cache
-    assert SEEN_KEYS(mask[:, :, :7, :7]).tolist() == [[0, 7], [0, 7]]  # few of both
+    assert KEYS_BY_BLOCK(mask).tolist() == [[0, 4, 1], [3, 5, 1], [0, 1, 1]]
+    assert KEYS_BY_BLOCK(mask[:, :, :2]).tolist() == [[0, 2, 1]]  # few queries, many slots of a cache
     mask[0, 0, 9, 7] = math.nan
     mask[1, 0, 11, 11] = -1e30
-    assert SEEN_KEYS(mask).tolist() == [[0, 4], [3, 5], [7, 12]]
-    torch.library.opcheck(SEEN_KEYS, (mask,))
+    assert KEYS_BY_BLOCK(mask).tolist() == [[0, 4, 1], [3, 5, 1], [7, 12, 1]]
+    torch.library.opcheck(KEYS_BY_BLOCK, (mask,))
+
+
+def test_of_each_block_of_queries_it_is_told_whether_one_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "QUERIES", 4)
+    mask = torch.zeros(2, 1, 12, 12)
+    mask[1, 0, 6] = -math.inf
+    mask[:, 0, 8:, :11] = -math.inf
+    assert KEYS_BY_BLOCK(mask).tolist() == [[0, 12, 0], [0, 12, 1], [11, 12, 0]]
 
 
 @pytest.mark.parametrize("queries", [5, 8, 11])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_attention_by_blocks_is_attention(queries: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("samples_at_once", [1, 2, 3])
+def test_attention_by_blocks_is_attention(
+    queries: int, groups: int, samples_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "QUERIES", 4)
-    monkeypatch.setattr(kernels, "WORTHWHILE", 8)
+    of_a_sample = 4 * 4 * min(queries, 6) * 4  # heads, queries, the keys that a block of them sees, bytes
+    monkeypatch.setattr(kernels, "SCORES", samples_at_once * of_a_sample // torch.get_num_threads())
     torch.manual_seed(queries)
     query = torch.randn(3, queries, 4, 8).transpose(1, 2)
     key, value = (torch.randn(3, 4 // groups, queries, 8) for _ in range(2))
@@ -67,7 +77,7 @@ def test_attention_by_blocks_is_attention(queries: int, groups: int, monkeypatch
     sees = (places <= places[:, None]) & (places > places[:, None] - 3)  # a window
     mask = torch.zeros(3, 1, queries, queries).masked_fill(~sees, -math.inf)
     mask[0, :, :, 0] = -math.inf  # padding: the first query of that sample sees nothing
-    given = (query, key, value, mask, SEEN_KEYS(mask), 0.3, groups > 1)
+    given = (query, key, value, mask, KEYS_BY_BLOCK(mask), 0.3, groups > 1)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, scale=0.3, enable_gqa=groups > 1
     )
@@ -75,3 +85,21 @@ def test_attention_by_blocks_is_attention(queries: int, groups: int, monkeypatch
     assert found.stride() == query.stride()
     torch.testing.assert_close(found, expected)
     torch.library.opcheck(ATTENTION_BY_BLOCKS, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+def test_attention_by_blocks_of_half_precision_is_attention(
+    dtype: torch.dtype, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "QUERIES", 4)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    mask = torch.zeros(2, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    given = (tensor.to(dtype) for tensor in (query, key, value, mask))
+    found = ATTENTION_BY_BLOCKS(*given, KEYS_BY_BLOCK(mask), None, False)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    assert found.transpose(1, 2).is_contiguous()

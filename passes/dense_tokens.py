@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ppgraph.config import dense_share
 from ppgraph.errors import ConfigError
 from ppgraph.passes.base import Builder, PassResult, Program, Site
 from ppgraph.passes.find_sites import Block
@@ -100,7 +101,7 @@ def _split(program: Program, build: Builder, site: Site) -> None:
     probed = by_row(build, probe.y)
     probed_result = dense(probed)
     narrow_result = build.copy(exit_linear, {narrowed: build.select(probed, 1, channels)})
-    sampling = _worst(program, build, block, probe, (probed_result, narrow_result))
+    sampling = _worst(program, build, site, (probed_result, narrow_result))
     y = by_row(build, Prober(block.probe, build, sampling, {}).run())
     rows = build(aten.cat.default, [probe.sampling.rows, sampling.rows])
     count = build(operator.add, probe.sampling.sample_count, sampling.sample_count)
@@ -122,12 +123,14 @@ def _whole_weight(build: Builder, block: Block, exit_linear: Node) -> dict[Node,
     return {selected: block.weight if block.weight_dim == dim else build(aten.t.default, block.weight)}
 
 
-def _worst(program: Program, build: Builder, block: Block, probe: Probe, results: tuple[Node, Node]) -> Sampling:
+def _worst(program: Program, build: Builder, site: Site, results: tuple[Node, Node]) -> Sampling:
     """The rows beside the probe's that are predicted to be worst off."""
+    block: Block = program.analysis[site.name]
+    probe: Probe = program.shared["probe", site.name]
     stream, sampling = block.stream, probe.sampling
     samples, length = build.size(stream, 0), build.size(stream, 1)
     total = build(operator.mul, samples, length)
-    wanted = build.share_of(total, program.config.dense_tokens)
+    wanted = build.share_of(total, dense_share(site.kept, site.width, program.config.dense_tokens))
     count = build(operator.sub, wanted, sampling.sample_count)
     entry = next(iter(block.narrowing.entries))
     inputs = by_row(build, linear_activations(entry))

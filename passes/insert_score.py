@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ppgraph.config import kept_by_others
+from ppgraph.config import dense_share, kept_by_others
 from ppgraph.errors import MethodError
 from ppgraph.methods import OBSERVATIONS, SCORES
 from ppgraph.passes.base import Builder, PassResult, Program, Refusal, Site, StateInput, same_size, shape_of
@@ -54,7 +54,8 @@ class InsertScore:
             channels = unit_indices(build, units, site.block)
             program.results[site.name] = channels
             if _lets_tokens_differ(program, site, outcome):
-                width = kept_by_others(site.kept, site.width, config.dense_tokens, config.width_multiple)
+                dense = dense_share(site.kept, site.width, config.dense_tokens)
+                width = kept_by_others(site.kept, site.width, dense, config.width_multiple)
                 units = channels = build.highest_in_order(scores, width)
                 program.results["others", site.name] = channels
             program.shared["kept", site.name] = (units, channels)

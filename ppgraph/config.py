@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
+from fractions import Fraction
 from typing import Any, Final
 
 from ppgraph.errors import ConfigError
@@ -21,6 +22,10 @@ KNOWN_OBSERVATIONS: Final = {"mean-square", "fluctuation", "second-moment", "low
 KNOWN_SCORES: Final = {"ppsp", "wanda-sp", "flap"}
 KNOWN_ALLOCATIONS: Final = {"uniform", "global", "spare-heads", "least-loss"}
 KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares", "low-rank"}
+
+# Where some tokens keep all channels, the least that the others keep, of what is kept on average. At 0.4 of it
+# perplexity was twice as high as at 0.6 (docs/quality.md).
+LEAST_OF_OTHERS: Final = Fraction(3, 5)
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {
     "pp": {
@@ -92,7 +97,8 @@ class PruneConfig:
             evenly over all samples, in all a share of `probe_batch * probe_tokens`, whose averages are fused.
         dense_tokens: Share of the tokens that keep all MLP channels, in `[0, 1)`: the probed ones, a third of them, and
             those for which the probe says that the kept channels do worst. The other tokens keep fewer channels, so
-            that on average as many are kept; steps of decoding keep what the ratio says. Needs a `"spread"`.
+            that on average as many are kept; where that were less than 0.6 of it, fewer tokens keep all. Steps of
+            decoding keep what the ratio says. Needs a `"spread"`.
         history_momentum: Momentum of the history's moving average, in `[0, 1]`; 1 freezes it.
         observed: What calibration observes and the history holds: `"mean-square"`, `"fluctuation"`,
             `"second-moment"`, `"low-rank"` or a registered name.
@@ -249,7 +255,17 @@ def kept_channels(width: int, ratio: float, multiple: int) -> int:
     return rounded_up(width - int(ratio * width), multiple, width)
 
 
-def kept_by_others(kept: int, width: int, dense: float, multiple: int) -> int:
+def dense_share(kept: int, width: int, dense: float) -> Fraction:
+    """Return which share of the tokens keeps all of `width` channels where `kept` are kept on average.
+
+    `dense`, or so much less that the others keep `LEAST_OF_OTHERS` of `kept`, but never less than its probed third.
+    """
+    share = Fraction(str(dense))
+    most = (1 - LEAST_OF_OTHERS) * kept / (width - LEAST_OF_OTHERS * kept)
+    return max(share / 3, min(share, most))
+
+
+def kept_by_others(kept: int, width: int, dense: Fraction, multiple: int) -> int:
     """Return how many of `width` channels tokens keep where a share `dense` of them keeps all, and `kept` on average.
 
     The nearest `multiple`, and at least one of it.

@@ -253,11 +253,12 @@ class Comparison:
             raise InputError("plots need matplotlib; run: pip install 'ppgraph[plot]'")
         from matplotlib.figure import Figure
 
-        timed = all("time_ms" in row.found for row in self.rows[1:])
+        whole = [row for row in self.rows[1:] if {"perplexity", "flops"} <= row.found.keys()]
+        timed = all("time_ms" in row.found for row in whole)
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.subplots()
         curves: dict[str, list[tuple[float, float]]] = {}
-        for row in self.rows[1:]:
+        for row in whole:
             assert row.config is not None
             saved = row.saved(self.dense)["time_saved" if timed else "flops_saved"]
             curves.setdefault(row.config["method"], []).append((100 * saved, row.found["perplexity"]))
@@ -295,11 +296,13 @@ def compare(
         texts: What perplexity is measured on; of several, each batch holds windows of all.
         calibration: The text that fills the history.
         settings: What to measure.
-        output: A JSON file, written after each measurement. What it holds already is not measured again.
+        output: A JSON file, written after each measurement. What it holds already is not measured again, and stays:
+            a later call with other configs adds to it, and gives the rows of both.
         progress: Show progress bars on stderr.
 
     Raises:
-        InputError: the texts are too short, or `output` holds results of other settings.
+        InputError: the texts are too short, or `output` holds results of other settings, or of another config under
+            one of these names.
     """
     described = json.loads(json.dumps(dataclasses.asdict(settings)))
     given = windows(tokenizer, texts, settings.length, seed=settings.seed)
@@ -310,12 +313,15 @@ def compare(
     described |= {"windows": sum(map(len, batches)), "model": type(model).__name__}
     calibrating = windows(tokenizer, [calibration], settings.length)[: settings.calibration_batches * settings.batch]
     comparison = Comparison(described, _known_rows(output, described, configs))
-    bench = _Bench(model, tokenizer, settings, batches, calibrating.split(settings.batch), progress)
+    calibration_batches = calibrating.split(settings.batch) if len(calibrating) else ()
+    bench = _Bench(model, tokenizer, settings, batches, calibration_batches, progress)
     with tempfile.TemporaryDirectory(prefix="ppgraph-eval-") as folder:
         untimed: list[tuple[Row, Callable[[], Any]]] = []
         for row in comparison.rows:
             if row.config is None:
                 measured = bench.dense()
+            elif row.name not in configs:
+                continue
             else:
                 twin = bench.twin(configs[row.name], Path(folder))
                 measured = bench.pruned(twin)
@@ -423,23 +429,26 @@ class _Bench:
 
 
 def _known_rows(output: Path | None, settings: Mapping[str, Any], configs: Mapping[str, PruneConfig]) -> list[Row]:
-    """One row for the dense model and each config, with what an earlier run has left in `output`."""
-    rows = [Row("dense", None), *(Row(name, config.to_dict()) for name, config in configs.items())]
+    """One row for the dense model and each config, and each other one that an earlier run has left in `output`."""
+    rows = {"dense": Row("dense", None)}
+    rows |= {name: Row(name, config.to_dict()) for name, config in configs.items()}
     if output is None or not output.exists():
-        return rows
+        return [*rows.values()]
     try:
         known = json.loads(output.read_text(encoding="utf-8"))
-        by_name = {row["name"]: row for row in known["rows"]}
+        earlier = [
+            Row(row["name"], row["config"], {key: value for key, value in row.items() if key in _FOUND})
+            for row in known["rows"]
+        ]
         other = {name for name in settings if known["settings"].get(name) != settings[name]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{output} holds no results of this command ({error}); name another file") from None
     if other:
         raise InputError(f"{output} holds results of other settings ({', '.join(sorted(other))}); name another file")
-    for row in rows:
-        found = by_name.get(row.name)
-        if found is not None and found["config"] == row.config:
-            row.found = {key: value for key, value in found.items() if key in _FOUND}
-    return rows
+    changed = [row.name for row in earlier if row.config != rows.get(row.name, row).config]
+    if changed:
+        raise InputError(f"{output} holds results of other configs ({', '.join(changed)}); name another file")
+    return [*(rows | {row.name: row for row in earlier}).values()]
 
 
 _FOUND = (

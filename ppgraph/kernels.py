@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -90,28 +92,38 @@ def attention_by_blocks(
     """`scaled_dot_product_attention` [B, H, S, D] on a CPU, of each block of queries with the keys that it sees.
 
     `bounds` are what `keys_by_block` makes of the mask. Torch's kernel goes through all keys of a mask that hides the
-    future, in products too small to be fast. Here those of some samples are one, as many as have scores that stay in
-    cache. Scores are rounded to the query's dtype, as in attention written out; torch's kernel keeps them in fp32.
+    future, in products too small to be fast. Here those of some samples and heads are one, as many as have scores that
+    stay in cache. Scores are rounded to the query's dtype, as in attention written out; torch's kernel keeps them in
+    fp32.
     """
     if not _has_fast_products(query.dtype):
         attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
         return attended.transpose(1, 2).contiguous().transpose(1, 2)
     samples, heads, queries, _ = query.shape
     attended = query.new_empty((samples, queries, heads, value.shape[-1])).transpose(1, 2)
-    mask = mask.expand(samples, -1, -1, -1)
     blocks = bounds.tolist()
+    hidden = _hides_all(mask).expand(samples, heads, -1, -1) if any(some for _, _, some in blocks) else None
+    mask, key, value = mask.expand(samples, heads, -1, -1), key.contiguous(), value.contiguous()
+    sharing = heads // key.shape[1]
     most_keys = max(last - first for first, last, _ in blocks)
-    of_a_sample = heads * min(queries, QUERIES) * most_keys * query.element_size()
-    some = max(1, SCORES * torch.get_num_threads() // of_a_sample)
-    key, value = key.contiguous(), value.contiguous()
-    for start in range(0, samples, some):
-        part = slice(start, start + some)
+    of_a_key_head = sharing * min(queries, QUERIES) * most_keys * query.element_size()
+    for some, key_heads in _parts(samples, key.shape[1], SCORES * torch.get_num_threads() // of_a_key_head):
+        of = slice(key_heads.start * sharing, key_heads.stop * sharing)
         for block, (first, last, sees_none) in enumerate(blocks):
             rows, keys = slice(block * QUERIES, (block + 1) * QUERIES), slice(first, last)
-            seen = mask[part, :, rows, keys]
-            found = _attend(query[part, :, rows], key[part, :, keys], value[part, :, keys], seen, scale)
-            attended[part, :, rows] = found.masked_fill(_hides_all(seen), 0.0) if sees_none else found
+            read = key[some, key_heads, keys], value[some, key_heads, keys], mask[some, of, rows, keys]
+            found = _attend(query[some, of, rows], *read, scale)
+            if sees_none and hidden is not None:
+                found.masked_fill_(hidden[some, of, rows], 0.0)
+            attended[some, of, rows] = found
     return attended
+
+
+def _parts(samples: int, heads: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Which samples and which heads go together: `most` heads, or all of some samples, but never less than one head."""
+    some, of_each = max(1, most // heads), max(1, min(most, heads))
+    starts = itertools.product(range(0, samples, some), range(0, heads, of_each))
+    return ((slice(first, first + some), slice(head, min(head + of_each, heads))) for first, head in starts)
 
 
 def _hides_all(mask: torch.Tensor) -> torch.Tensor:

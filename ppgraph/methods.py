@@ -376,7 +376,7 @@ def _spare_heads(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, 
     """Heads lose a third of `ratio`, channels so much more that the multiply-adds of `ratio` go; all layers lose alike.
 
     A head costs the model more than the channels of as many multiply-adds do, where query heads share keys above all
-    (docs/quality.md). Channels lose at most `MOST_CHANNELS` of theirs, and heads what is then missing.
+    (docs/explorations.md). Channels lose at most `MOST_CHANNELS` of theirs, and heads what is then missing.
     """
     heads = [candidate for candidate in candidates if candidate.site.kind == "attention"]
     channels = [candidate for candidate in candidates if candidate.site.kind == "mlp"]

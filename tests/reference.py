@@ -617,10 +617,16 @@ class Reference:
     def is_pruned(self, block: Block) -> bool:
         return self.kept_units(block) < block.units
 
+    def dense_share(self, block: Block) -> Fraction:
+        """Of the tokens, those that keep all channels: no more than leave the others 3/5 of what is kept on average."""
+        share, kept = Fraction(str(self.dense_tokens)), Fraction(self.kept_units(block), block.units)
+        leaves_enough = Fraction(2, 5) * kept / (1 - Fraction(3, 5) * kept)
+        return max(min(share, leaves_enough), self.probed_share())
+
     def others_kept(self, block: Block) -> int:
         """Channels of the tokens that don't keep all of them: on average as many are kept as step 7 says."""
-        kept = self.kept_units(block)
-        exact = (kept - self.dense_tokens * block.units) / (1 - self.dense_tokens)
+        kept, dense = self.kept_units(block), self.dense_share(block)
+        exact = (kept - dense * block.units) / (1 - dense)
         return min(max(round(exact / self.width_multiple), 1) * self.width_multiple, kept)
 
     def chosen(self, block: Block, scores: Tensor, kept: int | None = None) -> Tensor:
@@ -768,7 +774,7 @@ class Reference:
             dense[b, j] = True
         predicted = (x.double() - centre) @ direction
         predicted = predicted.masked_fill(dense, -math.inf)
-        left = math.ceil(real.numel() * Fraction(str(self.dense_tokens))) - int(dense.sum())
+        left = math.ceil(real.numel() * self.dense_share(block)) - int(dense.sum())
         worst = self.worst(predicted[real], min(left, int((real & ~dense).sum())))
         places = real.nonzero()[worst]
         dense[places[:, 0], places[:, 1]] = True

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppgraph import config as config_module
-from ppgraph.config import PruneConfig, kept_by_others, kept_channels, kept_heads, layer_ratio
+from ppgraph.config import PruneConfig, dense_share, kept_by_others, kept_channels, kept_heads, layer_ratio
 from ppgraph.errors import ConfigError, PPGraphError
 
 
@@ -121,7 +121,22 @@ def test_dense_tokens_need_tokens_that_are_probed_one_by_one(others: dict[str, A
 def test_other_tokens_keep_so_many_channels_that_the_average_is_kept(
     kept: int, dense: float, multiple: int, expected: int
 ) -> None:
-    assert kept_by_others(kept, 1536, dense, multiple) == expected
+    assert kept_by_others(kept, 1536, Fraction(str(dense)), multiple) == expected
+
+
+@pytest.mark.parametrize(
+    ("kept", "dense", "expected"),
+    [
+        (832, 0.25, Fraction(1, 4)),
+        (512, 0.25, Fraction(1, 6)),  # the others keep 307, 0.6 of 512
+        (512, 0.1, Fraction(1, 10)),
+        (128, 0.25, Fraction(1, 12)),  # all of which are probed
+    ],
+)
+def test_fewer_tokens_keep_all_channels_where_the_others_would_keep_too_few(
+    kept: int, dense: float, expected: Fraction
+) -> None:
+    assert dense_share(kept, 1536, dense) == expected
 
 
 @pytest.mark.parametrize(

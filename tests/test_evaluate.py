@@ -234,6 +234,21 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     assert output.read_text() == "no JSON"
 
 
+@pytest.mark.usefixtures("transformed")
+def test_other_configs_are_added_to_what_a_file_holds(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    settings = dataclasses.replace(SETTINGS, batches=1, causal=False, calibration_batches=0)
+    first, second = ({name: CONFIGS[name]} for name in CONFIGS)
+    _, found = measured(output, settings, first).rows
+    both = measured(output, settings, second)
+    assert [row.name for row in both.rows] == ["dense", *second, *first]
+    assert both.rows[2] == found
+    assert json.loads(output.read_text()) == both.to_dict()
+    with pytest.raises(InputError, match=r"holds results of other configs \(pp 0.4\); name another file"):
+        measured(output, settings, {"pp 0.4": CONFIGS["full-batch 0.4"]})
+    assert json.loads(output.read_text()) == both.to_dict()
+
+
 @pytest.mark.parametrize("bad", [{"length": 1}, {"batch": 0}, {"repeats": 2, "lowering": "eager"}])
 def test_bad_settings_raise(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):

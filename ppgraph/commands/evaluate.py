@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="of pruned models")
     parser.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="zero-shot tasks, JSON lines")
     parser.add_argument("--task-limit", type=positive, metavar="N", help="questions of each task (all)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results; an interrupted run continues from them")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results; a later run continues from them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity against what is saved")
     add_json(parser)
     add_examples(

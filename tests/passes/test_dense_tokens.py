@@ -100,7 +100,7 @@ def test_a_compensation_with_a_constant_is_refused() -> None:
 
 
 def test_which_tokens_a_prompt_kept_whole_is_known_after_a_step_of_decoding() -> None:
-    pruned = ppgraph.transform(llama(2), lowering="eager", config=SOME.replace(width_multiple=8))
+    pruned = ppgraph.transform(llama(2), lowering="eager", config=SOME.replace(ratio=0.25, width_multiple=8))
     first = pruned(**batch(3, 8), use_cache=True)
     ((name, (tokens, others)),) = pruned.ppgraph.dense_tokens().items()
     assert tokens.shape == (3, 8)
@@ -115,8 +115,8 @@ def test_of_a_batch_of_known_size_all_tokens_may_be_dense(monkeypatch: pytest.Mo
     monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
     torch._dynamo.reset()
     model = llama(2)
-    options = {"ratio": 0.4, "probe_choice": "spread", "dense_tokens": 0.8, "statistics": "probe", "blocks": ["mlp"]}
-    compiled = torch.compile(model, backend="ppgraph", dynamic=False, options=options | SIZES)
+    options = {"ratio": 0.1, "probe_choice": "spread", "dense_tokens": 0.8, "statistics": "probe", "blocks": ["mlp"]}
+    compiled = torch.compile(model, backend="ppgraph", dynamic=False, options=SIZES | options | {"width_multiple": 1})
     inputs = batch(2, 2)
     with torch.no_grad():
         found, expected = (run(**inputs, use_cache=False).logits for run in (compiled, model))

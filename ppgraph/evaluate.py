@@ -249,25 +249,30 @@ class Comparison:
         Raises:
             InputError: matplotlib is not installed.
         """
-        if importlib.util.find_spec("matplotlib") is None:
-            raise InputError("plots need matplotlib; run: pip install 'ppgraph[plot]'")
+        require_matplotlib()
         from matplotlib.figure import Figure
 
-        whole = [row for row in self.rows[1:] if {"perplexity", "flops"} <= row.found.keys()]
-        timed = all("time_ms" in row.found for row in whole)
+        needed = {"perplexity", "flops"}
+        whole = [(row.config, row) for row in self.rows if row.config and needed <= row.found.keys()]
+        timed = all("time_ms" in row.found for _, row in whole)
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.subplots()
         curves: dict[str, list[tuple[float, float]]] = {}
-        for row in whole:
-            assert row.config is not None
+        for config, row in sorted(whole, key=lambda known: known[0]["ratio"]):
             saved = row.saved(self.dense)["time_saved" if timed else "flops_saved"]
-            curves.setdefault(row.config["method"], []).append((100 * saved, row.found["perplexity"]))
+            curves.setdefault(config["method"], []).append((100 * saved, row.found["perplexity"]))
         for method, points in curves.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+            axes.plot(*zip(*points, strict=True), marker="o", label=method)
         axes.axhline(self.dense.found["perplexity"], linestyle="--", color="grey", label="dense")
         axes.set(xlabel=f"{'time' if timed else 'FLOPs'} saved, %", ylabel="perplexity", yscale="log")
         axes.legend()
         figure.savefig(path)
+
+
+def require_matplotlib() -> None:
+    """Raise an `InputError` where nothing can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib; run: pip install 'ppgraph[plot]'")
 
 
 def _percent(share: float | None) -> float | None:

@@ -275,6 +275,11 @@ def test_the_command_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_a_plot_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pip install 'ppgraph\[plot\]'"):
         evaluate.Comparison({}, [evaluate.Row("dense", None)]).plot(tmp_path / "plot.png")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["none", "--text", "none", "--calibration", "none", "--plot", str(tmp_path / "plot.png")])
+    with pytest.raises(InputError, match=r"pip install 'ppgraph\[plot\]'"):  # before anything is measured
+        command.run(args)
 
 
 def test_padding_of_lm_eval_is_found() -> None:

@@ -46,13 +46,15 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         InputError: a model or text can't be used, or a results file is of another run.
     """
+    from ppgraph.evaluate import Settings, compare, require_matplotlib
+
+    if args.plot:
+        require_matplotlib()  # not after hours
     configs = dict(_configs(args.methods, args.ratios))
     texts, calibration = [_read(path) for path in args.text], _read(args.calibration)
     model, tokenizer = load(args)
     if tokenizer is None:
         raise InputError(f"{args.model} has no tokenizer to read a text with; name a model that comes with one")
-
-    from ppgraph.evaluate import Settings, compare
 
     settings = Settings(
         length=args.length,

@@ -27,7 +27,7 @@ from ppgraph.passes.token_axes import Prober, Sampling
 aten = torch.ops.aten
 
 # More steps fit the probed tokens' noise: 1, 3, 6, 12 steps gave perplexities of 50.8, 47.6, 47.9, 48.1
-# (docs/quality.md).
+# (docs/explorations.md).
 STEPS = 3
 TINY = 1e-6
 # Padding runs dense only where there are no other tokens; a probed token never twice.

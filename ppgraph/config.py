@@ -24,7 +24,7 @@ KNOWN_ALLOCATIONS: Final = {"uniform", "global", "spare-heads", "least-loss"}
 KNOWN_COMPENSATIONS: Final = {"none", "mean", "least-squares", "low-rank"}
 
 # Where some tokens keep all channels, the least that the others keep, of what is kept on average. At 0.4 of it
-# perplexity was twice as high as at 0.6 (docs/quality.md).
+# perplexity was twice as high as at 0.6 (docs/explorations.md).
 LEAST_OF_OTHERS: Final = Fraction(3, 5)
 
 _PRESETS: Final[dict[str, dict[str, object]]] = {

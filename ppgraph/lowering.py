@@ -46,7 +46,8 @@ def lower(program: Program, options: Mapping[str, Any]) -> Compiled:
     """
     _gather_columns(program)
     _add_masks(program)
-    _attend_by_blocks(program)
+    if program.pruned_sites:  # what prunes nothing is the compiled dense model, to the bit
+        _attend_by_blocks(program)
     if not program.cuts:
         return _compiled([program.module], options)[0]
     whole = split_module(program.module, program.module, _parts(program), keep_original_order=True)

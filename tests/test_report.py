@@ -127,7 +127,7 @@ def test_the_table_fits_a_terminal(pruned: LlamaForCausalLM) -> None:
 
 
 def test_where_tokens_differ_the_report_tells_how_many_keep_what() -> None:
-    config = {**OPTIONS, "width_multiple": 1, "probe_choice": "spread", "dense_tokens": 0.25}
+    config = {**OPTIONS, "ratio": 0.2, "width_multiple": 1, "probe_choice": "spread", "dense_tokens": 0.25}
     model = ppgraph.transform(llama(4, layers=2), **config)
     assert "dense tokens" not in str(model.ppgraph.report())
     model(**batch(4, 9), use_cache=False)

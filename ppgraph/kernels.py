@@ -60,15 +60,14 @@ def keys_by_block(mask: torch.Tensor) -> torch.Tensor:
     For each block of `QUERIES` queries the first key that any sample's see, the one behind the last, and 1 where some
     sample's query sees none, else 0.
     """
-    sees_none = _hides_all(mask).flatten(0, 1).any(0)
-    highest_of_all = mask.amax((0, 1))
-    bounds = torch.empty((_blocks(len(sees_none)), 3), dtype=torch.int64)
-    for block, rows in enumerate(highest_of_all.split(QUERIES)):
+    highest_of_all, sees_none = mask.amax((0, 1)), _hides_all(mask).flatten(0, 1).any(0)
+    bounds = []
+    for rows, nothing in zip(highest_of_all.split(QUERIES), sees_none.split(QUERIES), strict=True):
         places = (rows != -math.inf).any(0).nonzero()
         # Where no query sees anything, one key stands for all.
-        bounds[block, :2] = torch.cat((places[0], places[-1] + 1)) if len(places) else torch.tensor([0, 1])
-        bounds[block, 2] = sees_none[block * QUERIES : (block + 1) * QUERIES].any()
-    return bounds
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, 0)
+        bounds.append((first, last + 1, int(nothing.any())))
+    return torch.tensor(bounds)
 
 
 def fake_keys_by_block(mask: torch.Tensor) -> torch.Tensor:
@@ -101,21 +100,19 @@ def attention_by_blocks(
         return attended.transpose(1, 2).contiguous().transpose(1, 2)
     samples, heads, queries, _ = query.shape
     attended = query.new_empty((samples, queries, heads, value.shape[-1])).transpose(1, 2)
-    blocks = bounds.tolist()
-    hidden = _hides_all(mask).expand(samples, heads, -1, -1) if any(some for _, _, some in blocks) else None
-    mask, key, value = mask.expand(samples, heads, -1, -1), key.contiguous(), value.contiguous()
-    sharing = heads // key.shape[1]
+    blocks, sharing = bounds.tolist(), heads // key.shape[1]
+    added = mask.expand(samples, heads, -1, -1)
+    key, value = (given.expand(samples, -1, -1, -1).contiguous() for given in (key, value))
     most_keys = max(last - first for first, last, _ in blocks)
     of_a_key_head = sharing * min(queries, QUERIES) * most_keys * query.element_size()
     for some, key_heads in _parts(samples, key.shape[1], SCORES * torch.get_num_threads() // of_a_key_head):
         of = slice(key_heads.start * sharing, key_heads.stop * sharing)
-        for block, (first, last, sees_none) in enumerate(blocks):
+        for block, (first, last, _) in enumerate(blocks):
             rows, keys = slice(block * QUERIES, (block + 1) * QUERIES), slice(first, last)
-            read = key[some, key_heads, keys], value[some, key_heads, keys], mask[some, of, rows, keys]
-            found = _attend(query[some, of, rows], *read, scale)
-            if sees_none and hidden is not None:
-                found.masked_fill_(hidden[some, of, rows], 0.0)
-            attended[some, of, rows] = found
+            read = key[some, key_heads, keys], value[some, key_heads, keys], added[some, of, rows, keys]
+            attended[some, of, rows] = _attend(query[some, of, rows], *read, scale)
+    if any(sees_none for *_, sees_none in blocks):
+        attended.masked_fill_(_hides_all(mask), 0.0)
     return attended
 
 

@@ -128,14 +128,12 @@ def _of_all_heads(mask: Node) -> Node:
 
 def _has_blocks(node: Node) -> bool:
     """Whether an attention has several queries, each with its row of a mask, and lays out what it gives as ours."""
-    query, key, mask = node.args[0], node.args[1], argument(node, 3, "attn_mask")
+    query, mask = node.args[0], argument(node, 3, "attn_mask")
     if not isinstance(mask, Node) or _off_the_cpu(mask) or not mask.meta["val"].is_floating_point():
         return False
-    assert isinstance(query, Node) and isinstance(key, Node)
+    assert isinstance(query, Node)
     queries, rank = shape_of(query)[-2], len(shape_of(query))
     if rank != 4 or len(shape_of(mask)) != 4 or not same_size(shape_of(mask)[2], queries):
-        return False
-    if not same_size(shape_of(key)[0], shape_of(query)[0]):
         return False
     dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
     attended = node.meta["val"]

@@ -103,3 +103,11 @@ def test_attention_by_blocks_of_half_precision_is_attention(
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     assert found.transpose(1, 2).is_contiguous()
+
+
+def test_attention_by_blocks_takes_keys_that_all_samples_and_heads_share() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, 9, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+    mask = torch.zeros(1, 1, 9, 9)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(ATTENTION_BY_BLOCKS(query, key, value, mask, KEYS_BY_BLOCK(mask), None, False), expected)

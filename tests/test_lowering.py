@@ -104,7 +104,7 @@ def test_attention_by_blocks_equals_the_masked_dense_model(
     padded: bool, compiled: list[GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "QUERIES", 4)
-    monkeypatch.setattr(kernels, "SCORES", 1)  # one sample at a time
+    monkeypatch.setattr(kernels, "SCORES", 1)  # one head at a time
     dense = model(4, 2)
     pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
     for length in (7, 8, 19):

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> str:
     """Measure the dense model and each method at each ratio, and save.
 
     Raises:
-        InputError: a model or text can't be used, or a results file is of another run.
+        InputError: a model or text can't be used, a results file is of another run, or nothing draws plots.
     """
     from ppgraph.evaluate import Settings, compare, require_matplotlib
 

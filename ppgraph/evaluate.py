@@ -306,8 +306,8 @@ def compare(
         progress: Show progress bars on stderr.
 
     Raises:
-        InputError: the texts are too short, or `output` holds results of other settings, or of another config under
-            one of these names.
+        InputError: the texts are too short, or `output` holds results of other settings, of another dtype or text, or
+            of another config under one of these names.
     """
     described = json.loads(json.dumps(dataclasses.asdict(settings)))
     given = windows(tokenizer, texts, settings.length, seed=settings.seed)
@@ -315,8 +315,10 @@ def compare(
     if wanted is not None and len(given) < wanted:
         raise InputError(f"{settings.batches} batches need {wanted} windows, but the text has {len(given)}")
     batches = given[:wanted].split(settings.batch)
-    described |= {"windows": sum(map(len, batches)), "model": type(model).__name__}
     calibrating = windows(tokenizer, [calibration], settings.length)[: settings.calibration_batches * settings.batch]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    described |= {"windows": sum(map(len, batches)), "model": type(model).__name__, "dtype": dtype}
+    described |= {"text": _digest(given[:wanted]), "calibration": _digest(calibrating)}
     comparison = Comparison(described, _known_rows(output, described, configs))
     calibration_batches = calibrating.split(settings.batch) if len(calibrating) else ()
     bench = _Bench(model, tokenizer, settings, batches, calibration_batches, progress)
@@ -342,6 +344,11 @@ def compare(
             _time(bench, untimed)
             _write(output, comparison)
     return comparison
+
+
+def _digest(ids: Tensor) -> str:
+    """What tells windows of tokens from others, whatever files they were read from."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def _time(bench: _Bench, untimed: Sequence[tuple[Row, Callable[[], Any]]]) -> None:

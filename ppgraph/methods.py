@@ -195,8 +195,10 @@ RANK: Final = 64
 MEMORY: Final = 256
 # Keeps products of directions that hardly differ positive definite: more than what fp32 rounds off of RANK x RANK.
 ROUNDING: Final = 1e-3
-# Of allocation="spare-heads": what heads lose, as a share of the ratio, and the largest share that channels lose.
+# Of allocation="spare-heads": what heads lose, as a share of the ratio, the least share of a block's heads that is
+# worth its probe and selection, and the largest share that channels lose.
 HEADS_SHARE: Final = 1 / 3
+FEWEST_HEADS: Final = 1 / 8
 MOST_CHANNELS: Final = 0.9
 
 
@@ -376,18 +378,26 @@ def _spare_heads(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, 
     """Heads lose a third of `ratio`, channels so much more that the multiply-adds of `ratio` go; all layers lose alike.
 
     A head costs the model more than the channels of as many multiply-adds do, where query heads share keys above all
-    (docs/explorations.md). Channels lose at most `MOST_CHANNELS` of theirs, and heads what is then missing.
+    (docs/explorations.md). Where a third would be fewer than `FEWEST_HEADS` of a block's heads, all are kept: no probe
+    of that block then. Channels lose at most `MOST_CHANNELS` of theirs, and heads what is then missing. Multiply-adds
+    are those of linears alone, so that widths don't depend on how long calibration's samples were.
     """
-    heads = [candidate for candidate in candidates if candidate.site.kind == "attention"]
-    channels = [candidate for candidate in candidates if candidate.site.kind == "mlp"]
-    left = ratio * (_macs(heads) + _macs(channels))
+    heads = [candidate.site for candidate in candidates if candidate.site.kind == "attention"]
+    channels = [candidate.site for candidate in candidates if candidate.site.kind == "mlp"]
+    left = ratio * (_linear_macs(heads) + _linear_macs(channels))
+    needed = (left - MOST_CHANNELS * _linear_macs(channels)) / _linear_macs(heads) if heads else 0
     kept: dict[str, int] = {}
-    if heads:
-        share = max(ratio * HEADS_SHARE, (left - MOST_CHANNELS * _macs(channels)) / _macs(heads))
-        kept = {candidate.site.name: kept_heads(candidate.site.units, share) for candidate in heads}
-        left -= sum((candidate.site.units - kept[candidate.site.name]) * candidate.unit_macs for candidate in heads)
-    share = left / _macs(channels) if channels else 0
-    return kept | {candidate.site.name: kept_channels(candidate.site.units, share, 1) for candidate in channels}
+    for site in heads:
+        lost = int(ratio * HEADS_SHARE * site.units)
+        spared = site.units - (lost if lost >= FEWEST_HEADS * site.units else 0)
+        kept[site.name] = min(spared, kept_heads(site.units, max(needed, 0)))
+        left -= (site.units - kept[site.name]) * site.unit_macs
+    share = left / _linear_macs(channels) if channels else 0
+    return kept | {site.name: kept_channels(site.units, share, 1) for site in channels}
+
+
+def _linear_macs(sites: Sequence[Site]) -> int:
+    return sum(site.unit_macs * site.units for site in sites)
 
 
 def _macs(candidates: Sequence[Candidate]) -> float:

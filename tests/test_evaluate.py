@@ -62,13 +62,17 @@ def measured(
     output: Path | None = None,
     settings: Settings = SETTINGS,
     configs: Mapping[str, Any] = CONFIGS,
+    *,
+    dtype: torch.dtype = torch.float32,
+    text: str = TEXT,
+    calibration: str = OTHER,
 ) -> evaluate.Comparison:
     return compare(
-        llama(2),
+        llama(2).to(dtype),
         Letters(),
         configs,
-        texts=[TEXT],
-        calibration=OTHER,
+        texts=[text],
+        calibration=calibration,
         settings=settings,
         output=output,
         progress=False,
@@ -232,6 +236,16 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no results of this command"):
         measured(output)
     assert output.read_text() == "no JSON"
+
+
+def test_results_of_another_dtype_or_text_are_not_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    written = measured(output, configs={}).to_dict()
+    others: dict[str, Any] = {"dtype": torch.bfloat16, "text": OTHER, "calibration": TEXT}
+    for name, other in others.items():
+        with pytest.raises(InputError, match=rf"holds results of other settings \({name}\); name another file"):
+            measured(output, configs={}, **{name: other})
+    assert json.loads(output.read_text()) == written
 
 
 @pytest.mark.usefixtures("transformed")

@@ -646,23 +646,25 @@ def test_least_loss_takes_whole_steps_where_the_first_units_cost_most() -> None:
     assert found == {"a": 0, "b": 4}
 
 
-def heads_and_channels(layers: int) -> tuple[list[methods.Candidate], list[methods.Candidate]]:
+def heads_and_channels(layers: int, positions: int = 1) -> tuple[list[methods.Candidate], list[methods.Candidate]]:
     """Of each layer 32 heads, and 100 channels that cost half of a head."""
-    memory = {"g": torch.zeros(1, 0)}
-    heads = [Site(f"heads.{n}", "attention", n, width=128, units=32, unit_macs=92) for n in range(layers)]
+    memory = {"g": torch.zeros(positions, 0)}
+    heads = [Site(f"heads.{n}", "attention", n, width=128, units=32, unit_macs=100) for n in range(layers)]
     channels = [Site(f"channels.{n}", "mlp", n, width=100, units=100, unit_macs=50) for n in range(layers)]
     first, second = ([methods.Candidate(site, torch.zeros(0), memory) for site in sites] for sites in (heads, channels))
     return first, second
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.7, 0.95])
-def test_spare_heads_takes_as_many_multiply_adds_and_a_third_of_the_heads(ratio: float) -> None:
+@pytest.mark.parametrize(("ratio", "heads_kept"), [(0.1, 32), (0.3, 32), (0.4, 32 - 4), (0.7, 32 - 12), (0.95, 0)])
+def test_spare_heads_takes_as_many_multiply_adds_and_a_third_of_the_heads(ratio: float, heads_kept: int) -> None:
+    """Fewer than an eighth of the heads are left; as many as are missing go where channels can lose no more."""
     heads, channels = heads_and_channels(2)
     kept = methods.ALLOCATIONS["spare-heads"].allocate([*heads, *channels], ratio)  # type: ignore[union-attr]
-    saved = {each.site.name: (each.site.units - kept[each.site.name]) * each.unit_macs for each in (*heads, *channels)}
-    missing = ratio * 2 * (32 * 100 + 100 * 50) - sum(saved.values())
+    sites = [each.site for each in (*heads, *channels)]
+    saved = sum((site.units - kept[site.name]) * site.unit_macs for site in sites)
+    missing = ratio * 2 * (32 * 100 + 100 * 50) - saved
     assert 0 <= missing < 2 * 50, "less than a channel of each layer"
-    assert {kept[each.site.name] for each in heads} == {{0.1: 31, 0.4: 32 - 4, 0.7: 32 - 12, 0.95: 32 - 32}[ratio]}
+    assert {kept[each.site.name] for each in heads} == {heads_kept}
     assert len({kept[each.site.name] for each in channels}) == 1
 
 
@@ -670,6 +672,14 @@ def test_spare_heads_of_one_kind_of_block_is_uniform() -> None:
     for number, candidates in enumerate(heads_and_channels(2)):
         kept = methods.ALLOCATIONS["spare-heads"].allocate(candidates, 0.4)  # type: ignore[union-attr]
         assert set(kept.values()) == {(20, 60)[number]}
+
+
+def test_spare_heads_does_not_depend_on_how_long_calibrations_samples_were() -> None:
+    def kept(positions: int) -> Any:
+        heads, channels = heads_and_channels(2, positions)
+        return methods.ALLOCATIONS["spare-heads"].allocate([*heads, *channels], 0.5)  # type: ignore[union-attr]
+
+    assert kept(1) == kept(2048)
 
 
 def test_least_loss_decides_what_a_calibrated_model_keeps() -> None:

@@ -562,12 +562,26 @@ def key_axes(node: Node) -> Operands:
 
 
 def slot_write(node: Node) -> Node | None:
-    """The `index_copy` that wrote new keys or values [B, H, S, D] into the slots of a cache, seen through views."""
+    """The operator that wrote new keys or values [B, H, S, D] into the slots of a cache, seen through views.
+
+    An `index_copy`, or the `copy_` of a full window that made room for one more.
+    """
     while is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    if _packet(node) not in (aten.index_copy, aten.index_copy_) or _rank(node) != 4:
+    if _rank(node) != 4:
+        return None
+    if _packet(node) is aten.copy_:
+        put = node.args[1]
+        return node if isinstance(put, Node) and _packet(put) is aten.index_put and _writes_slots(put) else None
+    if _packet(node) not in (aten.index_copy, aten.index_copy_):
         return None
     return node if _dim(node, node.args[1]) == _rank(node) - 2 else None  # type: ignore[arg-type]
+
+
+def _writes_slots(put: Node) -> bool:
+    """Whether an `index_put` [B, H, S, D] indexes the third dimension alone."""
+    indices = put.args[1]
+    return isinstance(indices, (list, tuple)) and [index is not None for index in indices] == [False, False, True]
 
 
 def _comes_from_softmax(node: Node) -> bool:

@@ -151,6 +151,28 @@ def _assign_to_slice(node: Node) -> bool:
     return True
 
 
+def _assign_to_indices(node: Node) -> bool:
+    """`x[:, i] = y` becomes `index_put`, so that what is in x can be seen from its operands.
+
+    Sliding caches that are full write a step's keys so (`StaticSlidingWindowLayer` of transformers).
+    """
+    if node.target is not aten.index_put_.default or node.users:
+        return False
+    piece = node.args[0]
+    if not isinstance(piece, Node) or piece.target is not aten.slice.Tensor or set(piece.users) != {node}:
+        return False
+    base = piece.args[0]
+    assert isinstance(base, Node)
+    if not all(map(same_size, shape_of(piece), shape_of(base))) or not _owns_memory(base):
+        return False
+    if any(is_view(user) for user in base.users if user is not piece):
+        return False
+    node.target, node.args, node.meta = aten.index_put.default, (base, *node.args[1:]), dict(base.meta)
+    _rename_after(base, node)
+    node.graph.erase_node(piece)
+    return True
+
+
 def _assign_to_whole(node: Node) -> bool:
     """After `x.copy_(y)` on all of x, y is read in its place: so end collectives that work in place."""
     if node.target is not aten.copy_.default:
@@ -241,6 +263,7 @@ NORMALISATIONS = (
     _lay_out_slice,
     _spell_type_as_cast,
     _assign_to_slice,
+    _assign_to_indices,
     _assign_to_whole,
     _without_mutation,
     _read_back_what_was_written,

@@ -55,6 +55,8 @@ def built(family: str) -> nn.Module:
         return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)).eval()
     if family == "fused":
         return Phi3ForCausalLM(Phi3Config(**SIZES)).eval()
+    if family == "fused-sliding":
+        return Phi3ForCausalLM(Phi3Config(**SIZES, sliding_window=WINDOW)).eval()
     types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW, "num_hidden_layers": 2}
     if family == "gemma2":
         return Gemma2ForCausalLM(Gemma2Config(**SIZES | types)).eval()
@@ -107,6 +109,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 CONVERSATIONS = [
     ("gqa", "static", "sdpa"),
+    ("fused-sliding", "static", "eager"),  # and full windows make room for them first
     ("fused", "static", "sdpa"),  # one projection gives queries, and keys that the probe reads before it chooses those
     ("mistral", "static", "eager"),
     ("gemma2", "dynamic", "eager"),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 import ppgraph
+from ppgraph.commands.demo import _cost
 from ppgraph.inspect.explain import Explanation, explain
 from ppgraph.inspect.rates import Rates
 from tests.test_exactness import batch, llama
@@ -99,6 +100,16 @@ def test_memory_and_graphs(pruned: LlamaForCausalLM) -> None:
     assert found["recompiles"] == report.recompiles == len(phases) - 2  # other tests may reset Dynamo in between
     shapes = [tuple(shape) for shape in found["graphs"][1]["shapes"].values()]
     assert any(len(shape) == 2 and not any(size.isdigit() for size in shape) for shape in shapes), "ids are symbolic"
+
+
+@pytest.mark.parametrize(("blocks", "heads"), [(("attention", "mlp"), "2 of 4"), (("mlp",), "4 of 4")])
+def test_the_demo_tells_what_is_kept_where_no_head_goes_too(blocks: tuple[str, ...], heads: str) -> None:
+    pruned = ppgraph.transform(
+        llama(2, layers=2), ratio=0.5, lowering="eager", blocks=blocks, **SIZES | {"skip_layers": 0}
+    )
+    pruned(**batch(4, 14), use_cache=False)
+    found = _cost(pruned)
+    assert (found["heads"], found["channels"]) == (heads, "64 of 128")
 
 
 def test_gathered_bytes_are_those_of_the_kept_weights(pruned: LlamaForCausalLM) -> None:

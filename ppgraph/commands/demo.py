@@ -154,10 +154,11 @@ def _cost(model: Any) -> dict[str, str]:
     report = model.ppgraph.report().to_dict()
     flops = report["flops"]
     site = {site["kind"]: site for site in report["sites"] if site["status"] == "pruned"}
-    heads, attention, mlp = model.config.num_attention_heads, site["attention"], site["mlp"]
+    heads, attention, mlp = model.config.num_attention_heads, site.get("attention"), site["mlp"]
+    kept = attention["kept"] * heads // attention["width"] if attention else heads
     return {
         "probe FLOPs": f"{flops['probe'] / flops['dense']:.1%}",
-        "heads": f"{attention['kept'] * heads // attention['width']} of {heads}",
+        "heads": f"{kept} of {heads}",
         "channels": f"{mlp['kept']} of {mlp['width']}",
         "history MiB": f"{report['history_bytes'] / 2**20:.1f}",
     }

@@ -86,7 +86,9 @@ def with_positions(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**inputs, "position_ids": positions[:, -inputs["input_ids"].shape[1] :]}
 
 
-def require_conversation(dense: nn.Module, pruned: nn.Module, kind: str, samples: int, *, padded: bool) -> None:
+def selections_of_right_calls(
+    dense: nn.Module, pruned: nn.Module, kind: str, samples: int, *, padded: bool
+) -> list[dict[str, torch.Tensor]]:
     mine, other = empty_cache(kind, dense), empty_cache(kind, dense)
     chosen = []
     for inputs in turns(samples, padded=padded):
@@ -96,6 +98,11 @@ def require_conversation(dense: nn.Module, pruned: nn.Module, kind: str, samples
         expected = masked_dense_logits(dense, chosen[-1], **arguments, **cached(other))
         real = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].bool()
         torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    return chosen
+
+
+def require_conversation(dense: nn.Module, pruned: nn.Module, kind: str, samples: int, *, padded: bool) -> None:
+    chosen = selections_of_right_calls(dense, pruned, kind, samples, padded=padded)
     assert_same(chosen[0], chosen[1])
     assert_same(chosen[0], chosen[2])
     assert_same(chosen[3], chosen[4])
@@ -109,7 +116,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 CONVERSATIONS = [
     ("gqa", "static", "sdpa"),
-    ("fused-sliding", "static", "eager"),  # and full windows make room for them first
     ("fused", "static", "sdpa"),  # one projection gives queries, and keys that the probe reads before it chooses those
     ("mistral", "static", "eager"),
     ("gemma2", "dynamic", "eager"),
@@ -158,6 +164,12 @@ def test_a_probe_of_everything_stands_for_products_alone_and_not_for_attention()
     """Its attention reads a sliding cache's slots, full inference the whole prompt, which is longer."""
     dense = built("gemma3")
     require_conversation(dense, ppgraph.transform(dense, **OPTIONS, method="full-batch"), "static", 3, padded=True)
+
+
+def test_a_step_that_is_probed_reads_its_own_key_in_a_full_window() -> None:
+    """The window makes room first, and one projection gives queries, and keys that the probe reads before choosing."""
+    dense = built("fused-sliding")
+    selections_of_right_calls(dense, ppgraph.transform(dense, **OPTIONS, decode="probe"), "static", 3, padded=True)
 
 
 def test_a_prefill_chooses_the_same_from_any_cache_as_without_one() -> None:

@@ -133,15 +133,11 @@ def _spell_type_as_cast(node: Node) -> bool:
 
 def _assign_to_slice(node: Node) -> bool:
     """`x[..., a:b] = y` becomes `slice_scatter`, so that what is in x can be seen from its operands."""
-    if node.target is not aten.copy_.default or node.users:
+    base = _written_through_slice(node) if node.target is aten.copy_.default else None
+    if base is None:
         return False
     piece, source = node.args[:2]
-    if not isinstance(piece, Node) or piece.target is not aten.slice.Tensor or set(piece.users) != {node}:
-        return False
-    base = piece.args[0]
-    assert isinstance(base, Node)
-    if base.op != "call_function" or not _owns_memory(base):
-        return False
+    assert isinstance(piece, Node)
     with node.graph.inserting_before(node):
         scattered = node.graph.call_function(aten.slice_scatter.default, (base, source, *piece.args[1:]))
     scattered.meta = dict(base.meta)
@@ -156,21 +152,28 @@ def _assign_to_indices(node: Node) -> bool:
 
     Sliding caches that are full write a step's keys so (`StaticSlidingWindowLayer` of transformers).
     """
-    if node.target is not aten.index_put_.default or node.users:
+    base = _written_through_slice(node) if node.target is aten.index_put_.default else None
+    if base is None:
         return False
     piece = node.args[0]
-    if not isinstance(piece, Node) or piece.target is not aten.slice.Tensor or set(piece.users) != {node}:
-        return False
-    base = piece.args[0]
-    assert isinstance(base, Node)
-    if not all(map(same_size, shape_of(piece), shape_of(base))) or not _owns_memory(base):
-        return False
-    if any(is_view(user) for user in base.users if user is not piece):
+    assert isinstance(piece, Node)
+    is_whole = all(map(same_size, shape_of(piece), shape_of(base)))
+    if not is_whole or any(is_view(user) for user in base.users if user is not piece):
         return False
     node.target, node.args, node.meta = aten.index_put.default, (base, *node.args[1:]), dict(base.meta)
     _rename_after(base, node)
     node.graph.erase_node(piece)
     return True
+
+
+def _written_through_slice(node: Node) -> Node | None:
+    """The tensor of the graph's own that `node` writes into through a slice which nothing else reads."""
+    piece = node.args[0]
+    if node.users or not isinstance(piece, Node) or piece.target is not aten.slice.Tensor or set(piece.users) != {node}:
+        return None
+    base = piece.args[0]
+    assert isinstance(base, Node)
+    return base if _owns_memory(base) else None
 
 
 def _assign_to_whole(node: Node) -> bool:

@@ -400,14 +400,10 @@ def _linear_macs(sites: Sequence[Site]) -> int:
     return sum(site.unit_macs * site.units for site in sites)
 
 
-def _macs(candidates: Sequence[Candidate]) -> float:
-    return sum(candidate.unit_macs * candidate.site.units for candidate in candidates)
-
-
 def _least_loss(candidates: Sequence[Candidate], ratio: float) -> Mapping[str, int]:
     """The widths that cost the least loss at `ratio` of all multiply-adds: a knapsack over the convex hulls."""
     segments = [segment for candidate in candidates for segment in _hull(candidate)]
-    left = ratio * _macs(candidates)
+    left = ratio * sum(candidate.unit_macs * candidate.site.units for candidate in candidates)
     kept = {candidate.site.name: candidate.site.units for candidate in candidates}
     full: set[str] = set()
     for _, name, dropped, cost in sorted(segments, key=lambda segment: segment[0]):

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from variants import DTYPES, add_arguments, dense_model, options, prefill_call, prune_config
+from variants import DTYPES, add_arguments, dense_model, options, prefill_call, pruned_model
 
-import ppgraph
 from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing, alternate, header, machine, timings_to_dict, write_json
 
 
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> None:
     print(header(described, args.device, DTYPES[args.dtype]))
 
     dense = dense_model(args, args.device, "sdpa")
-    models = {"dense": torch.compile(dense), "ppgraph": ppgraph.transform(dense, prune_config(args))}
+    models = {"dense": torch.compile(dense), "ppgraph": pruned_model(args, dense)}
     shapes = [(samples, tokens) for tokens in args.tokens for samples in args.samples]
     found: dict[tuple[int, int], dict[str, Timing]] = {}
     for shape in tqdm(shapes, desc="shapes", file=sys.stderr):

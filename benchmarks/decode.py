@@ -29,9 +29,8 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
-from variants import DTYPES, add_arguments, dense_model, prune_config, results, static_model
+from variants import DTYPES, add_arguments, dense_model, prune_config, pruned_model, results, static_model
 
-import ppgraph
 from ppgraph.inspect.timing import WARM_UP_ROUNDS, Timing, alternate, first_calls, header, machine, write_json
 
 # The name of the model's argument has changed with transformers 5.24.
@@ -100,7 +99,7 @@ def all_decodings(args: argparse.Namespace) -> dict[str, Decoding]:
     dense = dense_model(args, args.device, "sdpa")
     config = prune_config(args)
     options = {"triton.cudagraphs": args.cuda_graphs}
-    static, pruned = static_model(dense, config), ppgraph.transform(dense, config, lowering=options)
+    static, pruned = static_model(dense, config), pruned_model(args, dense, lowering=options)
     prompt = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
     return {
         "dense": Decoding(args, dense, torch.compile(dense, options=options), prompt),

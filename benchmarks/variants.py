@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, repeats: int, batch: int |
     parser.add_argument("--probe-batch", type=float, default=0.05, help="share of samples probed")
     parser.add_argument("--probe-tokens", type=float, default=0.5, help="share of tokens probed")
     parser.add_argument("--dense-below", type=int, default=0, help="batches of fewer tokens run dense")
+    parser.add_argument("--history-below", type=int, default=0, help="batches of fewer tokens go by the history alone")
     parser.add_argument("--method", choices=("pp", "spread"), default="pp", help="how what is kept is chosen")
     parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -57,6 +58,7 @@ def prune_config(args: argparse.Namespace) -> ppgraph.PruneConfig:
         probe_batch=args.probe_batch,
         probe_tokens=args.probe_tokens,
         dense_below=args.dense_below,
+        history_below=args.history_below,
     )
 
 
@@ -94,8 +96,16 @@ def compiled_models(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "dense": torch.compile(dense),
         "static": torch.compile(static_model(dense, config)),
-        "ppgraph": ppgraph.transform(dense, config),
+        "ppgraph": pruned_model(args, dense),
     }
+
+
+def pruned_model(args: argparse.Namespace, dense: LlamaForCausalLM, **lowering: Any) -> Any:
+    """The pruned twin. Its history is empty, which costs the same as a full one, unless prompts go by it alone."""
+    pruned = ppgraph.transform(dense, prune_config(args), **lowering)
+    if args.history_below:
+        ppgraph.calibrate(pruned, [torch.randint(args.vocab, (4, 64), device=args.device)], progress=False)
+    return pruned
 
 
 def narrow_attention(attention: LlamaAttention, ratio: float) -> None:

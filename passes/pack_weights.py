@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -58,11 +59,15 @@ def _is_pure(node: Node) -> bool:
 
 def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, list[Node]]:
     graph = Graph()
-    copies: dict[Node, Node] = {}
     needed = ancestors(packed)
-    inputs = [node for node in program.placeholders() if node in needed]
+    # Named and ordered by what they are: graphs that pack the same (a prompt's and a step's) have the same code.
+    names = {node: name for node, name in _names_of_inputs(program).items() if node in needed}
+    inputs = sorted(names, key=names.__getitem__)
+    copies = {node: graph.placeholder(names[node]) for node in inputs}
+    for node in inputs:
+        copies[node].meta = dict(node.meta)
     for node in program.graph.nodes:
-        if node in needed:
+        if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     memory = {node: graph.create_node("placeholder", f"packed_{number}") for number, node in enumerate(packed)}
     for node in packed:
@@ -71,6 +76,14 @@ def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, l
     graph.eliminate_dead_code()
     _placeholders_first(graph)
     return GraphModule(torch.nn.Module(), graph), inputs
+
+
+def _names_of_inputs(program: Program) -> dict[Node, str]:
+    """What each parameter and state is called, in no matter which graph, as Python's names are spelt."""
+    count = len(program.state_inputs)
+    states = zip(program.placeholders()[-count:], program.state_inputs, strict=True) if count else ()
+    names = program.parameters | {node: f"{item.role}_{item.site}_{item.tensor}" for node, item in states}
+    return {node: re.sub(r"\W", "_", name) for node, name in names.items()}
 
 
 def _fill(graph: Graph, node: Node, memory: Node) -> None:

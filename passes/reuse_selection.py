@@ -1,4 +1,4 @@
-"""Reuse a selection: decoding keeps to the heads and channels that its prompt's batch chose."""
+"""Reuse a selection: decoding keeps to what its prompt's batch chose, small prompts to what the history says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 class ReuseSelection:
     """Takes each pruned site's kept channels [C'] as an input of the graph: no probe, no score, no history.
 
-    `program.shared["selectable"]` names the sites that the prefill pruned. Leaves there, for each of them,
+    `program.shared["selectable"]` names the sites that the selection has. Leaves there, for each of them,
     `("kept", name)`: the kept units [U'] and the kept channels [C'].
     """
 
@@ -40,4 +40,4 @@ class ReuseSelection:
 def _left_dense(site: Site) -> Site:
     if site.status == "dense":
         return site
-    return replace(site, status="dense", kept=site.width, reason="the prefill left it dense")
+    return replace(site, status="dense", kept=site.width, reason="the prompt, or calibration, left it dense")

@@ -114,6 +114,9 @@ class PruneConfig:
         dense_below: Prompts (and other batches) of fewer tokens, samples times tokens, run dense: below the break-even
             that is faster. All of their tokens choose what steps of decoding keep, and the history learns of all
             channels.
+        history_below: Of the others, prompts (and other batches) of fewer tokens keep what the history alone says: they
+            are not probed, and run on weights that are selected once and kept until the history changes. Needs a
+            history, so calibrate first.
         decode: Single-token steps `"reuse"` the last selection, run `"dense"`, or `"probe"` anew.
         strict: Raise where a block cannot be rewritten, instead of leaving it dense and saying so.
 
@@ -138,6 +141,7 @@ class PruneConfig:
     width_multiple: int = 64
     blocks: tuple[str, ...] = BLOCKS
     dense_below: int = 0
+    history_below: int = 0
     decode: str = "reuse"
     strict: bool = False
 
@@ -156,6 +160,20 @@ class PruneConfig:
                 f"dense_tokens={self.dense_tokens} needs tokens that are probed one by one; expected "
                 f"probe_choice='spread' and statistics='fused' or 'probe', found probe_choice={self.probe_choice!r} "
                 f"and statistics={self.statistics!r}"
+            )
+        if self.history_below:
+            self._require_use_of_history()
+
+    def _require_use_of_history(self) -> None:
+        if self.statistics == "probe":
+            raise ConfigError(
+                f"history_below={self.history_below} needs statistics='fused' or 'history', found 'probe', for which "
+                "nothing fills a history"
+            )
+        if self.history_below <= self.dense_below:
+            raise ConfigError(
+                f"history_below={self.history_below} never applies, for batches of fewer than "
+                f"dense_below={self.dense_below} tokens run dense; expected more than that, or 0"
             )
 
     def _require_preset(self) -> None:
@@ -368,6 +386,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "width_multiple": _integer(1),
     "blocks": _blocks,
     "dense_below": _integer(0),
+    "history_below": _integer(0),
     "decode": _choice(DECODE_MODES),
     "strict": _flag,
 }

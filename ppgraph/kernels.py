@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 # core's cache holds (`benchmarks/NOTES.md`).
 QUERIES = 64
 SCORES = 1 << 20
+# So few scores torch's own kernel is done with sooner than several operators are called.
+FEW_SCORES = 1 << 18
 
 
 def columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -93,9 +95,10 @@ def attention_by_blocks(
     `bounds` are what `keys_by_block` makes of the mask. Torch's kernel goes through all keys of a mask that hides the
     future, in products too small to be fast. Here those of some samples and heads are one, as many as have scores that
     stay in cache. Scores are rounded to the query's dtype, as in attention written out; torch's kernel keeps them in
-    fp32.
+    fp32. Of `FEW_SCORES` or fewer it is torch's kernel.
     """
-    if not _has_fast_products(query.dtype):
+    scores = query.shape[:-1].numel() * key.shape[2]
+    if scores <= FEW_SCORES or not _has_fast_products(query.dtype):
         attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
         return attended.transpose(1, 2).contiguous().transpose(1, 2)
     samples, heads, queries, _ = query.shape

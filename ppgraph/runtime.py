@@ -43,9 +43,9 @@ from ppgraph.state import History
 
 log = logging.getLogger("ppgraph")
 
-Phase = Literal["prefill", "choose", "calibrate", "reuse", "dense"]
-# The phases whose calls choose what steps of decoding keep.
-CHOOSING: tuple[Phase, ...] = ("prefill", "choose")
+Phase = Literal["prefill", "choose", "history", "calibrate", "reuse", "dense"]
+# The phases of prompts, whose calls choose what steps of decoding keep.
+CHOOSING: tuple[Phase, ...] = ("prefill", "choose", "history")
 # The attribute by which caches, and the tensors in them, carry the selection of the prefill that filled them.
 SELECTION = "_ppgraph_selection"
 # The attribute by which caches that count on the device carry what they counted: the tensor, its version, the number.
@@ -54,6 +54,7 @@ LENGTH = "_ppgraph_length"
 _PASSES: dict[Phase, tuple[Pass, ...]] = {
     "prefill": PRUNE,
     "choose": CHOOSE,
+    "history": REUSE,
     "calibrate": CALIBRATE,
     "reuse": REUSE,
     "dense": ANALYSE,
@@ -84,7 +85,7 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one prefill chose: {site name: kept channels [C'] int64}. `owner` names the runtime it is for.
+    """What one prompt chose: {site name: kept channels [C'] int64}. `owner` names the runtime it is for.
 
     `by_token` holds, of sites whose tokens differ, which rows of the batch (of `shape` [B, S], flattened) kept all
     channels, and what the others kept. Caches that a pruned model fills carry a selection, so that each generation
@@ -139,6 +140,7 @@ class Runtime:
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
+        self._by_history: tuple[int, Mapping[str, torch.Tensor], Selection] | None = None
         self._smallest_batch: float = math.inf  # tokens of the smallest one looked at; 0 once a warning is out
 
     @property
@@ -159,7 +161,7 @@ class Runtime:
         """Rewrite and lower a graph from Dynamo; the result takes the same inputs and gives the same outputs.
 
         Without a `phase` the graph tells: one token that attends to more than itself is a step of decoding. A prompt
-        that is too small to be pruned chooses (`PruneConfig.dense_below`).
+        has the phase of its size (`PruneConfig.dense_below`, `history_below`).
         `positional` are the names of arguments that were given by position.
         """
         start = time.perf_counter()
@@ -172,8 +174,8 @@ class Runtime:
             program.observer = observers(phase)
             captured = _copy(program.module)
             outputs = len(program.output().args[0])  # type: ignore[arg-type]
-            if phase == "reuse":
-                program.shared["selectable"] = self.selection_to_reuse().sites
+            if phase in ("reuse", "history"):
+                program.shared["selectable"] = self._selectable(phase)
             self._adopt(run_passes(program, _PASSES[phase]), phase)
             rewritten = _copy(program.module)
             lowered = self._lower(program, phase)
@@ -200,7 +202,8 @@ class Runtime:
             log.warning(
                 "pruning is predicted to slow this batch of %d x %d tokens down (%.2f of dense's speed): the probe and "
                 "the selection of weights take longer than what they save. Larger batches pay: `ppgraph explain` names "
-                "the break-even, and PruneConfig(dense_below=tokens) lets prompts below it run dense",
+                "the break-even, and PruneConfig(dense_below=tokens) lets prompts below it run dense, "
+                "PruneConfig(history_below=tokens) on what calibration says, packed once",
                 samples, tokens, speedup,
             )  # fmt: skip
 
@@ -212,11 +215,12 @@ class Runtime:
         steps: dict[str, Phase] = {"reuse": "reuse", "dense": "dense", "probe": "prefill"}
         if is_step:
             return steps[self.config.decode]
-        return "choose" if batch is not None and self.runs_dense(*batch) else "prefill"
-
-    def runs_dense(self, samples: Any, tokens: Any) -> bool:
-        """Whether a prompt of that size runs dense, and chooses for the steps behind it alone."""
-        return self.config.dense_below > 0 and bool(samples * tokens < self.config.dense_below)
+        by_history = self.config.history_below if self.config.ratio else 0  # without, nothing is observed
+        limits: dict[Phase, int] = {"choose": self.config.dense_below, "history": by_history}
+        for phase, limit in limits.items():
+            if batch is not None and limit and bool(batch[0] * batch[1] < limit):
+                return phase
+        return "prefill"
 
     def analyse(self, module: GraphModule) -> Program:
         """Find the sites of a graph from Dynamo without rewriting it."""
@@ -252,6 +256,33 @@ class Runtime:
                 "this cache was filled by another pruned model; decode with that one, or run the prompt here"
             )
         return selection
+
+    def _selectable(self, phase: Phase) -> frozenset[str]:
+        """The names of the sites that a graph which takes its selection can prune."""
+        if phase == "reuse":
+            return self.selection_to_reuse().sites
+        with _torch.unset_fake_temporarily():
+            return self.history.require_observed()
+
+    def selection_by_history(self, sites: Iterable[Site], terms: Mapping[str, torch.Tensor]) -> Selection:
+        """What the history alone says that `sites` keep, with the weight terms of their scores, {site name: [C]}.
+
+        It is the same object, whose packed weights are kept, until the history or a weight changes.
+        """
+        known, version = self._by_history, self.history.version
+        if known is None or known[0] != version or not _are_same(known[1], terms):
+            self.history.require_observed()
+            with torch.inference_mode(False), torch.no_grad():
+                channels = {site.name: self._kept_by_history(site, terms[site.name]) for site in sites}
+            known = self._by_history = (version, terms, Selection(self.name, channels, {}, (0, 0)))
+        return known[2]
+
+    def _kept_by_history(self, site: Site, term: torch.Tensor) -> torch.Tensor:
+        """The channels [C'] of the site's units with the highest scores, from all positions together."""
+        channels = SCORES[self.config.score].channels(self.history[site.name].sum(0), term)
+        order = torch.sort(self._unit_scores(site, channels), stable=True, descending=True).indices
+        units = torch.sort(order[: site.kept_units]).values
+        return (units.unsqueeze(1) * site.block + torch.arange(site.block, device=units.device)).flatten()
 
     def weight_term(self, site: str, weight: torch.Tensor, dim: int) -> torch.Tensor:
         """The part of a site's score that only its exit weight decides, [C] fp32; kept until the weight changes."""
@@ -317,10 +348,11 @@ class Runtime:
 
     def order_of(self, candidate: Candidate) -> torch.Tensor:
         """A candidate's units, the least important first: [U] int64."""
-        site, scores = candidate.site, candidate.scores
-        if site.block > 1:
-            scores = SCORES[self.config.score].units(scores.view(site.units, site.block))
-        return torch.sort(scores, stable=True).indices
+        return torch.sort(self._unit_scores(candidate.site, candidate.scores), stable=True).indices
+
+    def _unit_scores(self, site: Site, channels: torch.Tensor) -> torch.Tensor:
+        """Scores of a site's units [U] by those of its channels [C]."""
+        return channels if site.block == 1 else SCORES[self.config.score].units(channels.view(site.units, site.block))
 
     def packed_weights(
         self, packing: Packing, inputs: Sequence[torch.Tensor], selection: Selection
@@ -374,7 +406,7 @@ class Runtime:
             return lower(program, self.options)
         program.cuts.clear()  # a step of one token, or a small prompt, is over sooner than the calls that cuts make
         # Nobody has recorded prompts, or what ranks exchange, yet.
-        is_recorded = phase != "choose" and not program.sharded
+        is_recorded = phase not in CHOOSING and not program.sharded
         if not is_recorded or not _torch.wants_cuda_graphs(self.options, _device(program)):
             return lower(program, self.options)
         written = written_inputs(program)  # lowering takes the graph
@@ -395,6 +427,7 @@ class GraphRunner:
         self._sites = {site.name: site for site in program.pruned_sites}
         self._checked = program.checked
         self._allocation, self._selects = program.allocation, phase not in ("dense", "calibrate")
+        self._moves_history = phase == "calibrate" or (phase in ("prefill", "choose") and runtime.config.moves_history)
         self._constants: dict[int, torch.Tensor] = {}
         self._packing = program.packing
         self._takes_shares = bool(program.sharded)
@@ -457,10 +490,14 @@ class GraphRunner:
             )
         samples, length = (size(inputs) for size in self._batch)
         runtime.call.ran = True
+        if self._phase == "history":
+            runtime.call.selection = self._selection_by_history(inputs)
         with interrupts_held_back():  # the graph moves one site's history after the other
             if any(item.role in ("history", "seen") for item in self._state_inputs):
                 runtime.history.reserve(runtime.call.start + length)
             outputs = self._lowered(*self._with_states(inputs, length))
+            if self._moves_history:
+                runtime.history.version += 1
             self._keep(dict(zip(self._results, outputs[self._outputs :], strict=True)), (samples, length))
         if self._phase == "prefill" and self._weights:
             runtime.warn_below_break_even(samples, length, inputs[next(iter(self._weights.values()))[0]])
@@ -489,14 +526,21 @@ class GraphRunner:
         if item.role == "seen":
             return runtime.history.seen[runtime.call.start : runtime.call.start + length]
         if item.role == "weight_term":
-            place, dim = self._weights[item.site]
-            return runtime.weight_term(item.site, inputs[place], dim)
+            return self._weight_term(item.site, inputs)
         if item.role == "units":
             return self._units(item.site)
         if index not in self._constants:
             assert item.constant is not None
             self._constants[index] = item.constant.to(self._device)
         return self._constants[index]
+
+    def _weight_term(self, site: str, inputs: Sequence[Any]) -> torch.Tensor:
+        place, dim = self._weights[site]
+        return self._runtime.weight_term(site, inputs[place], dim)
+
+    def _selection_by_history(self, inputs: Sequence[Any]) -> Selection:
+        terms = {site: self._weight_term(site, inputs) for site in self._sites}
+        return self._runtime.selection_by_history(self._sites.values(), terms)
 
     def _units(self, site: str) -> torch.Tensor:
         """The kept units [U'] of the selection to reuse, in the same memory for every selection."""
@@ -531,7 +575,9 @@ class GraphRunner:
         self._runtime.last_shape = shape
         rows = {name[1]: results.pop(name) for name in [*results] if name[0] == "dense"}
         by_token = {site: (dense, results.pop(("others", site))) for site, dense in rows.items()}
-        if results:
+        if self._phase == "history":
+            self._runtime.selection = self._runtime.call.selection
+        elif results:
             self._runtime.keep_selection(results, by_token, shape)
             self._runtime.statistics.add(results, self._runtime.sites or [])
         elif self._phase in CHOOSING:
@@ -545,6 +591,10 @@ def shares_of(program: Program) -> dict[str, Share]:
     spread = {name: block for name, block in blocks.items() if block.weight in program.sharded}
     shares = {name: share_of(program.sharded[block.weight], block.weight_dim) for name, block in spread.items()}
     return {name: share for name, share in shares.items() if share is not None}
+
+
+def _are_same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name] is tensor for name, tensor in right.items())
 
 
 def is_decoding_step(program: Program) -> bool:

@@ -42,7 +42,8 @@ class History:
     all that an observation keeps. `allocation` holds the units kept by site, once calibration has decided them; where
     tensor parallelism spreads a model over ranks, those of all ranks together, while C are this rank's channels. `seen`
     [positions] counts the samples that calibration saw at each. Positions never seen hold 0. Memory grows with the
-    longest batch so far, not with the model's context. `lock` is held by whatever reads or changes all of it.
+    longest batch so far, not with the model's context. `version` counts its changes. `lock` is held by whatever reads
+    or changes all of it.
     """
 
     def __init__(self, config: PruneConfig) -> None:
@@ -55,6 +56,7 @@ class History:
         self._values: dict[str, dict[str, torch.Tensor]] = {}
         self.allocation: dict[str, int] | None = None
         self._seen = torch.zeros(0)
+        self.version = 0
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,6 +164,19 @@ class History:
         portions = {name: share.portion for name, share in self._shares.items()}
         return {name: portions[name](units) if name in portions else units for name, units in self.allocation.items()}
 
+    def require_observed(self) -> frozenset[str]:
+        """The names of the sites, of which something was observed.
+
+        Raises:
+            HistoryError: nothing was.
+        """
+        if not any(bool(self[site].any()) for site in self):
+            raise HistoryError(
+                "expected a history to choose by, for this batch is below history_below; found none: call "
+                "ppgraph.calibrate(pruned, batches), or pruned.ppgraph.history.load(folder), before it"
+            )
+        return frozenset(self)
+
     def reserve(self, positions: int) -> None:
         """Make sure that positions below `positions` exist; new ones hold 0."""
         if positions > self.positions:
@@ -186,6 +201,7 @@ class History:
                     moment: self._no_moment(moment, width, self._seen.device) for moment in self._moment_names
                 }
             self._seen = self._zeros_like_seen(0)
+            self.version += 1
 
     def average(self, group: ProcessGroup | None = None) -> None:
         """Let data-parallel replicas learn from each other: afterwards each holds the mean of what all have observed.
@@ -215,6 +231,7 @@ class History:
             for moment in moments.values():
                 moment.copy_(sums(moment) / ranks)
         self._seen.copy_(sums(self._seen) / ranks)
+        self.version += 1
 
     def _refuse_factors(self) -> None:
         if any(columns is not None for columns in self._observation.moments.values()):
@@ -332,6 +349,7 @@ class History:
             self._take(index, values)
 
     def _take(self, index: Mapping[str, Any], values: Mapping[str, torch.Tensor]) -> None:
+        self.version += 1
         device = self._seen.device
         self._seen = values["seen"].to(device)
         widths = {site: len(share.channels) for site, share in self._shares.items()}

@@ -145,7 +145,7 @@ class Pruning:
         """
         check_inputs(self._model, inputs)
         whole = {"statistics": "probe", "probe_batch": 1.0, "probe_tokens": 1.0, "history_momentum": 1.0}
-        whole |= {"dense_tokens": 0.0}  # of which only a third would be probed
+        whole |= {"dense_tokens": 0.0, "history_below": 0}  # of the former only a third would be probed
         # Not `replace`: there a method's own observation, allocation and compensation follow the new method.
         everything = PruneConfig.from_dict(self.config.to_dict() | {"method": "pp"} | whole)
         choices = []

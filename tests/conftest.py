@@ -9,10 +9,14 @@ import pytest
 import torch
 import torch._dynamo.guards
 
+from ppgraph import kernels
+
 # The models of tests are tiny: what takes time is capturing graphs, in Python. One thread each for several workers.
 torch.set_num_threads(1)
 # Capturing makes millions of objects: collecting garbage as often as Python does by default takes a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
+# And their attention has so few scores that torch's kernel would do all of it.
+kernels.FEW_SCORES = 0
 # Dynamo collects garbage after each of its compilations, and measures how long its guards take once it has emptied the
 # processor's caches for that.
 torch._dynamo.config.run_gc_after_compile = False

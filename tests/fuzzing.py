@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 import ppgraph
 from ppgraph import _torch
-from ppgraph.errors import CaptureError, ConfigError, InputError, NonFiniteError
+from ppgraph.errors import CaptureError, ConfigError, HistoryError, InputError, NonFiniteError
 from ppgraph.methods import DAMPING, TINY
 from tests.reference import ADAPTERS, Block, Reference, masked
 from tests.test_families import FAMILIES, exits
@@ -146,6 +146,7 @@ def configs(draw: st.DrawFn, layers: int) -> dict[str, Any]:
         "blocks": draw(st.sampled_from((("attention", "mlp"), ("mlp",), ("attention",)))),
         "decode": draw(st.sampled_from(("reuse", "dense", "probe"))),
         "dense_below": draw(st.sampled_from((0, 0, 0, 20, 1000))),
+        "history_below": draw(st.sampled_from((0, 0, 0, 40, 2000))),
     }
     if method == "pp":
         found |= {
@@ -422,6 +423,7 @@ def reference_of(case: Case, dense: Any, config: ppgraph.PruneConfig) -> Watched
         "probe_choice",
         "dense_tokens",
         "dense_below",
+        "history_below",
         "history_momentum",
         "skip_layers",
         "rescale_ratio",
@@ -480,13 +482,17 @@ class Judge:
             if is_step and self.config.decode == "reuse":
                 _require(_same(selection, prompted), "a step of decoding has another selection than its prompt")
             is_small = not is_step and inputs["input_ids"].numel() < self.config.dense_below
+            is_remembered = not is_step and not is_small and self._goes_by_history(inputs)
             chosen = {} if is_small or (is_step and self.config.decode == "dense") else selection
             self._require_selection(selection)
             differing = {} if is_step and self.config.decode == "reuse" else self.pruned.ppgraph.dense_tokens()
             _require(not (is_small and differing), "tokens of a prompt that runs dense keep fewer channels")
+            _require(not (is_remembered and differing), "tokens of a prompt that is not probed differ")
             expected, seen = self._expected(inputs, other, chosen, differing if chosen else {})
             self._require_logits(logits, expected, inputs)
-            if not is_step or self.config.decode == "probe":
+            if is_remembered:
+                self._require_history("a prompt that goes by it alone")
+            elif not is_step or self.config.decode == "probe":
                 narrowed = {site: others for site, (_, others) in differing.items()}
                 every = {site: torch.arange(seen[site].shape[-1]) for site in selection}
                 self._follow(inputs, seen, every if is_small else selection | narrowed, cached_tokens)
@@ -504,9 +510,17 @@ class Judge:
             if self._dense_is_finite(inputs, dense_cache):
                 raise
             raise Discarded(str(error)) from error
+        except HistoryError as error:
+            history = self.pruned.ppgraph.history
+            if not self._goes_by_history(inputs) or any(history[site].any() for site in history):
+                raise
+            raise Discarded(str(error)) from error
         except CaptureError as error:
             self._require_refusal(inputs, dense_cache, error)
             raise Discarded(str(error)) from error
+
+    def _goes_by_history(self, inputs: Mapping[str, Tensor]) -> bool:
+        return self.config.ratio > 0 and inputs["input_ids"].numel() < self.config.history_below
 
     def _dense_is_finite(self, inputs: Mapping[str, Tensor], cache: Any = None) -> bool:
         """Not so in float64 where mpt, and windows in eager attention, hide keys by more than float32 can hold."""

@@ -567,6 +567,7 @@ class Reference:
         probe_choice: str = "largest",
         dense_tokens: float = 0.0,
         dense_below: int = 0,
+        history_below: int = 0,
         history_momentum: float = 0.99,
         skip_layers: int = 3,
         rescale_ratio: bool = True,
@@ -583,7 +584,7 @@ class Reference:
             raise ValueError("the model must be in eval mode")
         self.adapter: Adapter = ADAPTERS[model.config.model_type](model)
         self.probe_batch, self.probe_tokens, self.probe_choice = probe_batch, probe_tokens, probe_choice
-        self.dense_tokens, self.dense_below = dense_tokens, dense_below
+        self.dense_tokens, self.dense_below, self.history_below = dense_tokens, dense_below, history_below
         self.history_momentum, self.skip_layers = history_momentum, skip_layers
         self.width_multiple = width_multiple
         self.pruned_kinds, self.statistics, self.score = tuple(blocks), statistics, SCORES[score]
@@ -728,6 +729,10 @@ class Reference:
             return p.sum(dim=0)
         return fuse(p, self.history_at(block, tokens))
 
+    def remembered_statistic(self, block: Block) -> Tensor:
+        """F [C] of a prompt that goes by the history alone: of all positions."""
+        return (self.fluctuation[block.site].variance if self.flap else self.history[block.site]).sum(dim=0)
+
     def averaged_statistic(
         self,
         block: Block,
@@ -814,19 +819,21 @@ class Reference:
             x = block.norm(residual)
             pruned = self.is_pruned(block) and not calibrating
             runs_dense = pruned and input_ids.numel() < self.dense_below
+            remembered = pruned and not runs_dense and input_ids.numel() < self.history_below
             units = torch.arange(block.units)
             if pruned:
-                f = self.fused_statistic(block, residual, x, positional, real, runs_dense)
+                f = self.remembered_statistic(block) if remembered else None
+                f = self.fused_statistic(block, residual, x, positional, real, runs_dense) if f is None else f
                 scores = self.score(f, block.exit_weight(), block.unit_size)
                 kept = self.chosen(block, scores)
                 selection[block.site] = block.channels(kept)
                 units = units if runs_dense else kept
             pruned = pruned and not runs_dense
-            differs = pruned and self.dense_tokens and block.kind == "mlp" and real.numel() > 1
+            differs = pruned and not remembered and self.dense_tokens and block.kind == "mlp" and real.numel() > 1
             if differs:
                 units = self.chosen(block, scores, self.others_kept(block))
             y = self.full_exit_input(block, x, positional, real, units)
-            if (pruned or runs_dense) and self.statistics == "fused":
+            if (pruned or runs_dense) and not remembered and self.statistics == "fused":
                 self.update_history(block, y, real, units)
             if calibrating and self.flap and self.may_prune(block):
                 self.fluctuation.setdefault(block.site, Fluctuation(block.width)).add(y, real)

@@ -64,9 +64,11 @@ def test_of_each_block_of_queries_it_is_told_whether_one_sees_nothing(monkeypatc
 @pytest.mark.parametrize("queries", [5, 8, 11])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("heads_at_once", [0, 1, 3, 5, 8, 12])
+@pytest.mark.parametrize("few", [0, 3 * 4 * 8 * 8], ids=["blocks", "torch-up-to-8"])
 def test_attention_by_blocks_is_attention(
-    queries: int, groups: int, heads_at_once: int, monkeypatch: pytest.MonkeyPatch
+    queries: int, groups: int, heads_at_once: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "FEW_SCORES", few)
     monkeypatch.setattr(kernels, "QUERIES", 4)
     of_a_head = 4 * min(queries, 6) * 4  # queries, the keys that a block of them sees, bytes
     monkeypatch.setattr(kernels, "SCORES", (heads_at_once * of_a_head + 2) // torch.get_num_threads())

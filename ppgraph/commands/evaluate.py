@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="what fills the history")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="which (all)")
+    parser.add_argument(
+        "--history-below", type=int, default=0, metavar="N", help="batches of fewer tokens go by the history alone (0)"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4], metavar="X", help="removed (0.2 0.4)")
     add_batch(parser, samples=20, tokens=1024)
     parser.add_argument("--batches", type=positive, metavar="N", help="batches to score (the whole text)")
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> str:
 
     if args.plot:
         require_matplotlib()  # not after hours
-    configs = dict(_configs(args.methods, args.ratios))
+    configs = dict(_configs(args.methods, args.ratios, args.history_below))
     texts, calibration = [_read(path) for path in args.text], _read(args.calibration)
     model, tokenizer = load(args)
     if tokenizer is None:
@@ -74,10 +77,12 @@ def run(args: argparse.Namespace) -> str:
     return as_json(found.to_dict()) if args.json else str(found)
 
 
-def _configs(methods: Sequence[str], ratios: Sequence[float]) -> Iterator[tuple[str, PruneConfig]]:
+def _configs(methods: Sequence[str], ratios: Sequence[float], history_below: int) -> Iterator[tuple[str, PruneConfig]]:
+    suffix = f" history_below={history_below}" if history_below else ""
     for method in methods:
         for ratio in ratios:
-            yield f"{method} {ratio:g}", PruneConfig(method=method, ratio=ratio)
+            config = PruneConfig(method=method, ratio=ratio, history_below=history_below)
+            yield f"{method} {ratio:g}{suffix}", config
 
 
 def _read(path: Path) -> str:

@@ -64,7 +64,7 @@ class BatchCost:
         prefills = [record for record in reversed(runtime.graphs) if record.phase in CHOOSING]
         for record in prefills if runtime.last_shape else ():
             assert runtime.last_shape is not None
-            if (record.phase == "choose") != runtime.runs_dense(*runtime.last_shape):
+            if record.phase != runtime.phase_of(False, runtime.last_shape):
                 continue
             sizes = Sizes.of_batch(record.captured.graph, record.batch, runtime.last_shape)
             if sizes is not None:

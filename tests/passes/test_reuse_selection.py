@@ -36,7 +36,7 @@ def test_kept_heads_become_their_channels() -> None:
 def test_what_the_prefill_left_dense_stays_dense() -> None:
     graph = reusing(Mlp(), set())
     (site,) = graph.program.sites
-    assert (site.status, site.kept, site.reason) == ("dense", 12, "the prefill left it dense")
+    assert (site.status, site.kept, site.reason) == ("dense", 12, "the prompt, or calibration, left it dense")
     assert graph.program.state_inputs == []
 
 

@@ -9,7 +9,8 @@ prompt:
 - ppgraph: the dense model, transformed: a step reads the weights that the prompt's selection packed. Keys and values
   stay whole in its cache, so that a later prompt may choose otherwise; those of static are as narrow as its layers.
 
-A round fills the cache anew, untimed, and then times `--steps` greedy steps.
+A round fills the cache anew, untimed, and then times `--steps` greedy steps. As in `generate`, dense and static run
+their prompt as it is, so theirs is not compiled; first calls of prompt and steps stand apart.
 
     python benchmarks/decode.py --batch 4 --cache dynamic --json benchmarks/results/decode.json
 """
@@ -84,14 +85,15 @@ def main(arguments: list[str]) -> None:
 
     decodings = all_decodings(args)
     with tempfile.TemporaryDirectory(prefix="ppgraph-bench-", ignore_cleanup_errors=True) as caches:
-        first_ms = first_calls({name: first_round(each) for name, each in decodings.items()}, Path(caches))
+        first_prompts = first_calls({name: each.fill for name, each in decodings.items()}, Path(caches) / "prompts")
+        first_ms = first_calls(decodings, Path(caches) / "steps")
         prepare = {name: each.fill for name, each in decodings.items()}
         alternate(decodings, range(WARM_UP_ROUNDS), prepare)
         timings = alternate(decodings, tqdm(range(args.repeats), desc="rounds", file=sys.stderr), prepare)
-    print(table(timings, first_ms, tokens=args.batch * args.steps, steps=args.steps))
+    print(table(timings, first_prompts, first_ms, args))
     print(f"efficiency (static / ppgraph): {timings['static'].median_ms / timings['ppgraph'].median_ms:.3f}")
     if args.json:
-        write_json(args.json, results(args, described, timings, first_ms))
+        write_json(args.json, results(args, described, timings, first_ms, first_prompt_ms=first_prompts))
 
 
 def all_decodings(args: argparse.Namespace) -> dict[str, Decoding]:
@@ -108,18 +110,11 @@ def all_decodings(args: argparse.Namespace) -> dict[str, Decoding]:
     }
 
 
-def first_round(decoding: Decoding) -> Callable[[], None]:
-    """Prompt and steps, compilation included."""
-
-    def call() -> None:
-        decoding.fill()
-        decoding()
-
-    return call
-
-
-def table(timings: dict[str, Timing], first_ms: dict[str, float], tokens: int, steps: int) -> str:
+def table(
+    timings: dict[str, Timing], first_prompts: dict[str, float], first_ms: dict[str, float], args: argparse.Namespace
+) -> str:
     """One row a variant."""
+    steps, tokens = args.steps, args.batch * args.steps
     rows = [
         {
             "variant": name,
@@ -127,11 +122,12 @@ def table(timings: dict[str, Timing], first_ms: dict[str, float], tokens: int, s
             "spread ms": timing.spread_ms / steps,
             "tokens/s": tokens / timing.median_ms * 1000,
             "speedup": timings["dense"].median_ms / timing.median_ms,
-            "first round s": first_ms[name] / 1000,
+            "first prompt s": first_prompts[name] / 1000,
+            "first steps s": first_ms[name] / 1000,
         }
         for name, timing in timings.items()
     ]
-    return tabulate(rows, headers="keys", floatfmt=("", ".3f", ".3f", ".1f", ".3f", ".1f"))
+    return tabulate(rows, headers="keys", floatfmt=("", ".3f", ".3f", ".1f", ".3f", ".1f", ".1f"))
 
 
 if __name__ == "__main__":

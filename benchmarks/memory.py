@@ -1,7 +1,8 @@
 """Peak memory of one prefill: compiled dense, static and pruned, on a LLaMA of any shape.
 
-What a call takes beyond what lay in memory before it, after two calls to compile and warm up: the peak of the resident
-set on CPUs (Linux; reset before the call), the allocator's on GPUs.
+What a call takes beyond what lay in memory before it, after two calls to compile and warm up: the peak of what tensors
+held ("allocated"), and on CPUs that of the resident set too (Linux; reset before the call), which counts what glibc
+keeps of freed memory as well.
 
     python benchmarks/memory.py --dtype float32 --batch 20 --json benchmarks/results/memory.json
 """
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
+import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile
 from variants import DTYPES, add_arguments, compiled_models, options, prefill_call
 
 from ppgraph.inspect.timing import header, machine, write_json
@@ -38,19 +43,19 @@ def main(arguments: list[str]) -> None:
     models = compiled_models(args)
     weights = sum(parameter.nbytes for parameter in models["dense"].parameters())
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
-    measured = {name: peak_bytes(prefill_call(model, tokens), args) for name, model in models.items()}
-    print(table(measured, weights))
-    if args.json:
-        found = {"weight_bytes": weights, "peak_bytes": measured}
-        write_json(args.json, {"machine": described, "arguments": options(args), **found})
-
-
-def peak_bytes(call: Callable[[], object], args: argparse.Namespace) -> list[int]:
-    """Bytes beyond those before the call, for each repetition."""
-    for _ in range(2):
-        call()
     on_cpu = torch.device(args.device).type == "cpu"
-    return [peak_on_cpu(call) if on_cpu else peak_on_gpu(call) for _ in range(args.repeats)]
+    allocated: dict[str, list[int]] = {}
+    resident: dict[str, list[int]] = {}
+    for name, model in models.items():
+        call = prefill_call(model, tokens)
+        for _ in range(2):
+            call()
+        allocated[name] = [allocated_on_cpu(call)] if on_cpu else [peak_on_gpu(call) for _ in range(args.repeats)]
+        resident[name] = [resident_on_cpu(call) for _ in range(args.repeats)] if on_cpu else []
+    print(table({"allocated": allocated, "resident": resident} if on_cpu else {"allocated": allocated}, weights))
+    if args.json:
+        found = {"weight_bytes": weights, "allocated_bytes": allocated, "resident_bytes": resident}
+        write_json(args.json, {"machine": described, "arguments": options(args), **found})
 
 
 def peak_on_gpu(call: Callable[[], object]) -> int:
@@ -61,7 +66,19 @@ def peak_on_gpu(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(call: Callable[[], object]) -> int:
+def allocated_on_cpu(call: Callable[[], object]) -> int:
+    """The peak of what torch's allocator gave out, as the profiler tells it; the same in each call."""
+    with tempfile.TemporaryDirectory(prefix="ppgraph-memory-") as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    changes: Iterator[int] = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    return max(itertools.accumulate(changes))
+
+
+def resident_on_cpu(call: Callable[[], object]) -> int:
     """The resident set's peak: 5 in clear_refs resets it (proc(5)).
 
     What glibc keeps of memory that was freed goes back first, or a call that finds it there seems to take nothing.
@@ -81,19 +98,17 @@ def status_bytes(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def table(measured: dict[str, list[int]], weights: int) -> str:
-    """One row a variant; what it takes beyond dense, as a share of the weights."""
-    peaks = {name: statistics.median(values) for name, values in measured.items()}
-    rows = [
-        {
-            "variant": name,
-            "peak MB": peak / 1e6,
-            "spread MB": (max(measured[name]) - min(measured[name])) / 1e6,
-            "beyond dense, of weights": (peak - peaks["dense"]) / weights,
-        }
-        for name, peak in peaks.items()
-    ]
-    return str(tabulate(rows, headers="keys", floatfmt=("", ".1f", ".1f", ".1%"), tablefmt="github"))
+def table(measured: dict[str, dict[str, list[int]]], weights: int) -> str:
+    """One row a variant and kind of memory; what it takes beyond dense, as a share of the weights."""
+    rows = []
+    for kind, variants in measured.items():
+        peaks = {name: statistics.median(values) for name, values in variants.items()}
+        for name, peak in peaks.items():
+            spread = max(variants[name]) - min(variants[name])
+            beyond = (peak - peaks["dense"]) / weights
+            rows.append([f"{name}, {kind}", peak / 1e6, spread / 1e6, beyond])
+    headers = ["variant", "peak MB", "spread MB", "beyond dense, of weights"]
+    return str(tabulate(rows, headers, floatfmt=("", ".1f", ".1f", ".1%"), tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Protocol
@@ -100,17 +100,24 @@ class StateInput:
 class Packing:
     """A graph that packs selected weights: it takes some `inputs` of the program, then the tensors that it fills.
 
-    Those are allocated once and filled again for each prompt, so that their addresses stay.
+    Those are allocated once and filled again for each prompt, so that their addresses stay. `contents` tells each from
+    others, in no matter which graph: graphs of a prompt and of a step share what they both read. `made_of` are the
+    places of the inputs that each depends on.
     """
 
     module: GraphModule
     inputs: list[Node]
     packed: list[Node]
+    contents: list[str]
+    made_of: list[list[int]]
 
-    def allocate(self, device: torch.device) -> list[torch.Tensor]:
-        """Memory for the packed weights."""
+    def allocate(self, device: torch.device, held: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Memory for the packed weights, new for those that none is `held` of."""
         values = [node.meta["val"] for node in self.packed]
-        return [torch.empty(tuple(map(int, value.shape)), dtype=value.dtype, device=device) for value in values]
+        return [
+            torch.empty(tuple(map(int, value.shape)), dtype=value.dtype, device=device) if memory is None else memory
+            for value, memory in zip(values, held, strict=True)
+        ]
 
 
 class Observer(Protocol):

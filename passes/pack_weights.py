@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
-import re
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ppgraph._torch import unset_fake_temporarily
 from ppgraph.passes.base import Packing, PassResult, Program, StateInput, ancestors, shape_of
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ class PackWeights:
     def __call__(self, program: Program) -> PassResult:
         selected = nodes_of_selection(program)
         packed = [node for node in selected if any(user not in selected for user in node.users)]
-        program.packing = Packing(*_packing_graph(program, packed), packed)
+        module, inputs = _packing_graph(program, packed)
+        program.packing = Packing(module, inputs, packed, *_contents(program, inputs, packed))
         for number, node in enumerate(packed):
             placeholder = program.add_state_input(StateInput("packed", str(number)), node.meta["val"])
             node.replace_all_uses_with(placeholder)
@@ -59,15 +61,11 @@ def _is_pure(node: Node) -> bool:
 
 def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, list[Node]]:
     graph = Graph()
+    copies: dict[Node, Node] = {}
     needed = ancestors(packed)
-    # Named and ordered by what they are: graphs that pack the same (a prompt's and a step's) have the same code.
-    names = {node: name for node, name in _names_of_inputs(program).items() if node in needed}
-    inputs = sorted(names, key=names.__getitem__)
-    copies = {node: graph.placeholder(names[node]) for node in inputs}
-    for node in inputs:
-        copies[node].meta = dict(node.meta)
+    inputs = [node for node in program.placeholders() if node in needed]
     for node in program.graph.nodes:
-        if node in needed and node not in copies:
+        if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     memory = {node: graph.create_node("placeholder", f"packed_{number}") for number, node in enumerate(packed)}
     for node in packed:
@@ -78,12 +76,28 @@ def _packing_graph(program: Program, packed: list[Node]) -> tuple[GraphModule, l
     return GraphModule(torch.nn.Module(), graph), inputs
 
 
-def _names_of_inputs(program: Program) -> dict[Node, str]:
-    """What each parameter and state is called, in no matter which graph, as Python's names are spelt."""
+def _contents(program: Program, inputs: list[Node], packed: list[Node]) -> tuple[list[str], list[list[int]]]:
+    """Of each packed tensor what tells it from others, in no matter which graph, and the inputs that it is made of."""
+    spelt, made_of = _names(program), {node: {place} for place, node in enumerate(inputs)}
+    needed = ancestors(packed)
+    for node in program.graph.nodes:
+        if node in needed and node not in made_of:
+            operands = torch.fx.map_arg((node.args, node.kwargs), spelt.__getitem__)
+            spelt[node] = hashlib.sha256(f"{node.target} {operands}".encode()).hexdigest()
+            made_of[node] = set().union(*(made_of[operand] for operand in node.all_input_nodes))
+    return [spelt[node] for node in packed], [sorted(made_of[node]) for node in packed]
+
+
+def _names(program: Program) -> dict[Node, str]:
+    """Parameters by their names, and states by what they hold."""
     count = len(program.state_inputs)
     states = zip(program.placeholders()[-count:], program.state_inputs, strict=True) if count else ()
-    names = program.parameters | {node: f"{item.role}_{item.site}_{item.tensor}" for node, item in states}
-    return {node: re.sub(r"\W", "_", name) for node, name in names.items()}
+    names = dict(program.parameters)
+    for node, item in states:
+        with unset_fake_temporarily():
+            constant = [] if item.constant is None else item.constant.tolist()
+        names[node] = f"{item.role} {item.site} {item.tensor} {constant}"
+    return names
 
 
 def _fill(graph: Graph, node: Node, memory: Node) -> None:

@@ -657,6 +657,13 @@ def bounds(size: torch.SymInt) -> tuple[Any, Any]:
     return known.lower, known.upper
 
 
+def unite(sizes: Sequence[torch.SymInt]) -> None:
+    """Have one symbol stand for sizes that are equal in this call; a guard of the graph says that they are."""
+    first, *others = sizes
+    for size in others:
+        bool(size == first)
+
+
 def hint(size: int | torch.SymInt) -> int | None:
     """What a size is in the call that is being captured; None where only running tells. Adds no guard."""
     if not isinstance(size, torch.SymInt):

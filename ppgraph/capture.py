@@ -35,6 +35,13 @@ def capture(module: GraphModule, config: PruneConfig, positional: Sequence[str] 
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     sources = [_torch.placeholder_source(node) for node in placeholders]
     values = _torch.placeholder_values(module)
+    _unite_sizes_of_caches(
+        [
+            value
+            for source, value in zip(sources, values, strict=True)
+            if not _torch.source_parameter(source) and _torch.source_argument(source, positional) != ATTENTION_MASK
+        ]
+    )
     traced = _torch.to_aten(module, values, COMPOSITES)
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     parameters: dict[Node, str] = {}
@@ -58,6 +65,20 @@ def capture(module: GraphModule, config: PruneConfig, positional: Sequence[str] 
     pairs = zip(inputs, placeholders, strict=True)
     program.sharded = {node: sharded[placeholder] for node, placeholder in pairs if placeholder in sharded}
     return program, values
+
+
+def _unite_sizes_of_caches(values: Sequence[Any]) -> None:
+    """Let keys and values that are inputs have one symbol for how many they are, where all are as many.
+
+    Dynamo gives each tensor its own, by which no layer would be like another: Inductor would compile all of them.
+    """
+    alike: dict[int | None, list[torch.SymInt]] = {}
+    for value in values:
+        size: Any = value.shape[2] if isinstance(value, torch.Tensor) and value.dim() == 4 else None
+        if isinstance(size, torch.SymInt):
+            alike.setdefault(_torch.hint(size), []).append(size)
+    for sizes in alike.values():
+        _torch.unite(sizes)
 
 
 def install_output_hooks(model: nn.Module) -> None:

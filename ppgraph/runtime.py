@@ -139,7 +139,7 @@ class Runtime:
         self.statistics = SelectionStatistics()
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
-        self._packed: dict[str, tuple[Selection, tuple[int, ...], Sequence[torch.Tensor]]] = {}
+        self._packed: dict[str, tuple[Selection, Sequence[int], torch.Tensor]] = {}
         self._by_history: tuple[int, Mapping[str, torch.Tensor], Selection] | None = None
         self._smallest_batch: float = math.inf  # tokens of the smallest one looked at; 0 once a warning is out
 
@@ -358,20 +358,29 @@ class Runtime:
         self, packing: Packing, inputs: Sequence[torch.Tensor], selection: Selection
     ) -> Sequence[torch.Tensor]:
         """Weights indexed by a selection; those of the last selection are kept, so memory holds one packed copy."""
-        key = packing.module.code
-        versions = tuple(_version(value) for value in inputs)
-        known = self._packed.get(key)
-        if known is None or known[0] is not selection or known[1] != versions:
-            self._packed.pop(key, None)
-            with torch.inference_mode(False), torch.no_grad():
-                memory = known[2] if known is not None else packing.allocate(inputs[0].device)
-                known = self._packed[key] = (selection, versions, packing.module(*inputs, *memory))
-        return known[2]
+        versions = [_version(value) for value in inputs]
+        states = [[versions[place] for place in places] for places in packing.made_of]
+        held = [self._packed.get(content) for content in packing.contents]
+        current = [
+            one[2]
+            for one, state in zip(held, states, strict=True)
+            if one is not None and one[0] is selection and one[1] == state
+        ]
+        if len(current) == len(held):
+            return current
+        for content in packing.contents:
+            self._packed.pop(content, None)  # until they are filled
+        memory = packing.allocate(inputs[0].device, [None if one is None else one[2] for one in held])
+        with torch.inference_mode(False), torch.no_grad():
+            filled: Sequence[torch.Tensor] = packing.module(*inputs, *memory)
+        entries = zip(packing.contents, states, filled, strict=True)
+        self._packed |= {content: (selection, state, tensor) for content, state, tensor in entries}
+        return filled
 
     @property
     def packed_bytes(self) -> int:
         """Memory of the packed weights that decoding reads."""
-        return sum(tensor.nbytes for _, _, tensors in self._packed.values() for tensor in tensors)
+        return sum(tensor.nbytes for _, _, tensor in self._packed.values())
 
     def _adopt(self, program: Program, phase: Phase) -> None:
         """Check and remember what the analysis found, and tell what stays dense in this graph."""

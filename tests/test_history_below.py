@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import ppgraph
+from ppgraph import _torch
 from tests.fuzzing import Batch, Case, check
 from tests.test_dense_below import LARGE, SMALL, phases
 from tests.test_exactness import SIZES, batch, llama
@@ -26,19 +27,18 @@ def calibrated(model: LlamaForCausalLM, **config: Any) -> Any:
 def packed_memory(pruned: Any) -> set[int]:
     """Where the packed weights lie, and how often they were written."""
     held = pruned.ppgraph.runtime._packed.values()
-    return {(tensor.data_ptr(), tensor._version) for *_, tensors in held for tensor in tensors}
+    return {(tensor.data_ptr(), tensor._version) for *_, tensor in held if tensor.is_floating_point()}
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"statistics": "history", "score": "wanda-sp", "history_momentum": 1.0},
         {"method": "flap"},
         {"probe_choice": "spread", "dense_tokens": 0.25},
         {"dense_below": 20},
     ],
-    ids=["pp", "wanda-sp", "flap", "tokens-differ", "dense-below"],
+    ids=["wanda-sp", "flap", "tokens-differ", "dense-below"],
 )
 def test_prompts_equal_the_reference(config: dict[str, Any]) -> None:
     # On both sides of the limit, so that the history of the one decides about the other.
@@ -51,10 +51,15 @@ def test_prompts_equal_the_reference(config: dict[str, Any]) -> None:
     ("decode", "cache"),
     [
         ("reuse", "static"),
-        ("probe", "dynamic"),
         *(
             pytest.param(decode, cache, marks=pytest.mark.thorough)
-            for decode, cache in (("reuse", "dynamic"), ("probe", "static"), ("dense", "dynamic"), ("dense", "static"))
+            for decode, cache in (
+                ("reuse", "dynamic"),
+                ("probe", "static"),
+                ("probe", "dynamic"),
+                ("dense", "dynamic"),
+                ("dense", "static"),
+            )
         ),
     ],
 )
@@ -79,22 +84,14 @@ def test_compiled_conversations_equal_the_masked_dense_model() -> None:
 
 def test_weights_are_packed_once_until_the_history_moves() -> None:
     pruned = calibrated(llama(2))
-    pruned(**SMALL, use_cache=False)
-    first = packed_memory(pruned)
-    pruned(**batch(3, 9, "left"), use_cache=False)
-    assert packed_memory(pruned) == first
-    pruned(**LARGE, use_cache=False)
-    pruned(**SMALL, use_cache=False)
-    assert packed_memory(pruned) != first
-
-
-def test_steps_read_the_weights_of_their_prompt() -> None:
-    pruned = calibrated(llama(2))
     pruned(**SMALL)
     first = packed_memory(pruned)
-    pruned.generate(**SMALL, max_new_tokens=3, do_sample=False)
-    assert packed_memory(pruned) == first
+    pruned.generate(**batch(3, 9, "left"), max_new_tokens=3, do_sample=False)
     assert "reuse" in phases(pruned)
+    assert packed_memory(pruned) == first
+    pruned(**LARGE)
+    pruned(**SMALL)
+    assert packed_memory(pruned) != first
 
 
 def test_a_changed_weight_or_history_is_chosen_by_anew(tmp_path: Path) -> None:
@@ -139,7 +136,8 @@ def test_nothing_removed_needs_no_history() -> None:
     assert torch.equal(found, expected)
 
 
-def test_through_torch_compile() -> None:
+def test_through_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
     model = llama(2)
     compiled = torch.compile(model, backend="ppgraph", options={**CONFIG, "blocks": ("mlp",)}, dynamic=True)
     twin = calibrated(model, blocks=("mlp",))

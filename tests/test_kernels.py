@@ -64,11 +64,9 @@ def test_of_each_block_of_queries_it_is_told_whether_one_sees_nothing(monkeypatc
 @pytest.mark.parametrize("queries", [5, 8, 11])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("heads_at_once", [0, 1, 3, 5, 8, 12])
-@pytest.mark.parametrize("few", [0, 3 * 4 * 8 * 8], ids=["blocks", "torch-up-to-8"])
 def test_attention_by_blocks_is_attention(
-    queries: int, groups: int, heads_at_once: int, few: int, monkeypatch: pytest.MonkeyPatch
+    queries: int, groups: int, heads_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "FEW_SCORES", few)
     monkeypatch.setattr(kernels, "QUERIES", 4)
     of_a_head = 4 * min(queries, 6) * 4  # queries, the keys that a block of them sees, bytes
     monkeypatch.setattr(kernels, "SCORES", (heads_at_once * of_a_head + 2) // torch.get_num_threads())
@@ -105,6 +103,22 @@ def test_attention_by_blocks_of_half_precision_is_attention(
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("few", "is_torchs"), [(3 * 4 * 9 * 9, True), (3 * 4 * 9 * 9 - 1, False)])
+def test_attention_of_few_scores_is_torchs(few: int, is_torchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FEW_SCORES", few)
+    called: list[int] = []
+    attend = kernels._attend
+    monkeypatch.setattr(kernels, "_attend", lambda *given: called.append(1) or attend(*given))
+    query, key, value = torch.randn(3, 9, 4, 8).transpose(1, 2), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    mask = torch.zeros(3, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+    mask[0, :, :, 0] = -math.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    found = ATTENTION_BY_BLOCKS(query, key, value, mask, KEYS_BY_BLOCK(mask), None, True)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == query.stride()
+    assert (not called) is is_torchs
 
 
 def test_attention_by_blocks_takes_keys_that_all_samples_and_heads_share() -> None:

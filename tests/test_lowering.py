@@ -18,7 +18,7 @@ from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, HIGHEST
 from ppgraph.lowering import lower, structure, written_inputs
 from ppgraph.passes.base import Program
 from ppgraph.passes.operators import is_fused_attention
-from tests.reference import masked_dense_logits
+from tests.reference import masked, masked_dense_logits
 from tests.test_cache import empty_cache
 from tests.test_families import FAMILIES
 from tests.test_generate import OPTIONS, cached, model, prompts
@@ -52,6 +52,23 @@ def test_layers_alike_are_compiled_once(cache: str | None, kinds: int, compiled:
         assert sum(map(sorts_scores, compiled)) == kinds
         expected = masked_dense_logits(dense, pruned.ppgraph.selection(), **inputs)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.thorough), "static"])
+def test_layers_whose_caches_are_filled_are_compiled_once(cache: str, compiled: list[GraphModule]) -> None:
+    counts = []
+    for layers in (3, 4):
+        dense = model(4, layers)
+        pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
+        mine, other = empty_cache(cache, dense), empty_cache(cache, dense)
+        for length in (7, 4):
+            ids = prompts(3, length, padded=False)["input_ids"]
+            compiled.clear()
+            logits = pruned(input_ids=ids, **cached(mine)).logits
+            with torch.no_grad(), masked(dense, pruned.ppgraph.selection()):
+                torch.testing.assert_close(logits, dense(input_ids=ids, **cached(other)).logits, rtol=1e-4, atol=1e-5)
+        counts.append(len(compiled))
     assert 0 < counts[0] == counts[1]
 
 

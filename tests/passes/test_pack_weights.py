@@ -28,7 +28,7 @@ def pack(graph: Captured, units: torch.Tensor) -> list[torch.Tensor]:
         parameters[graph.program.parameters[node]].detach() if node in graph.program.parameters else units
         for node in packing.inputs
     ]
-    return list(packing.module(*inputs, *packing.allocate(torch.device("cpu"))))
+    return list(packing.module(*inputs, *packing.allocate(torch.device("cpu"), [None] * len(packing.packed))))
 
 
 @pytest.mark.parametrize("block", [Mlp(bias=True), Attention()], ids=["mlp", "attention"])
@@ -82,3 +82,10 @@ def test_it_needs_a_selection_and_runs_once() -> None:
         graph.apply(PackWeights())
     with pytest.raises(GraphError, match="pack_weights has already run"):
         packed(Mlp()).apply(PackWeights())
+
+
+def test_what_is_packed_is_told_alike_in_graphs_that_pack_the_same() -> None:
+    contents = [graph.program.packing.contents for graph in (packed(Mlp()), packed(Mlp()), packed(Attention(2)))]  # type: ignore[union-attr]
+    assert contents[0] == contents[1]
+    assert all(len(set(one)) == len(one) for one in contents)
+    assert not set(contents[0]) & set(contents[2])

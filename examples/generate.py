@@ -6,7 +6,8 @@
 Each prompt chooses its own heads and channels. The table scores decoding: the first half of each window of text is the
 prompt, the second half goes through the KV cache token by token, each given the true tokens before it. `decode` says
 what those steps run on: the prompt's selection (reuse), a selection of their own (probe), or the whole model (dense).
-With `dense_below` prompts that are too small for pruning to save time run dense, and all of their tokens choose.
+With `dense_below` prompts that are too small for pruning to save time run dense, and all of their tokens choose; with
+`history_below` they run on what the history alone says, and so do the steps behind them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
         sys.exit(f"generate: {args.model} has no tokenizer; name a model that comes with one")
     calibration, windows = split(args.text, tokenizer)
     configs: dict[str, dict[str, Any]] = {f"decode={decode!r}": {"decode": decode} for decode in DECODE_MODES}
-    configs["decode='reuse', dense_below=2000"] = {"dense_below": 2000}
+    for limit in ("dense_below", "history_below"):
+        configs[f"decode='reuse', {limit}=2000"] = {limit: 2000}
     # Short texts on a small model don't pay for compiling: the rewritten graphs run as they are.
     pruned: dict[str, Any] = {
         name: ppgraph.transform(model, ratio=args.ratio, lowering="eager", **config) for name, config in configs.items()

@@ -466,8 +466,9 @@ class Judge:
         for inputs in batches if self.replay is not None else ():
             with self._seen_at_exits() as seen:
                 self.dense(**inputs, use_cache=False)
-            for site, y in seen.items():
-                self.replay.calibrate(site, y, real_tokens(inputs))  # type: ignore[union-attr]
+            real = real_tokens(inputs)
+            for site, y in seen.items():  # some are laid out as rows
+                self.replay.calibrate(site, y.reshape(*real.shape, -1), real)  # type: ignore[union-attr]
         self._require_history("calibration")
 
     def run(self, batch: Batch) -> int:

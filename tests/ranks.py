@@ -166,6 +166,19 @@ def as_the_reference(folder: Path, family: str) -> None:
             torch.testing.assert_close(values[: len(held)], held, rtol=1e-4, atol=1e-6)
 
 
+def remembers(folder: Path, family: str) -> None:
+    """Batches below `history_below`, on both sides of a larger one, as by the reference."""
+    ranks, config = distributed.get_world_size(), PRUNING | {"history_below": 70}
+    pruned = ppgraph.transform(spread(folder / family), lowering="eager", **config)
+    reference = Reference(whole(folder / family), ranks=ranks, **config)
+    ppgraph.calibrate(pruned, CALIBRATION, progress=False)
+    reference.calibrate(CALIBRATION)
+    for inputs in (BATCHES[0], BATCHES[1], BATCHES[0]):
+        require_as_expected(inputs, pruned, pruned(**inputs, use_cache=False), reference(**inputs))
+    assert {graph.phase for graph in pruned.ppgraph.graphs} == {"calibrate", "history", "prefill"}
+    require_no_new_collectives(pruned)
+
+
 def exact(folder: Path, family: str, how: str) -> None:
     """Calibrated, stateful over three batches, decoding, and dense at ratio 0: as the whole model on one device."""
     dense = whole(folder / family)
@@ -358,6 +371,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
         as_the_reference,
+        remembers,
         exact,
         starts,
         goes_on,

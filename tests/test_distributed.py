@@ -62,6 +62,12 @@ def test_a_spread_model_through_the_backend(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_small_prompts_go_by_each_ranks_own_history(tmp_path: Path, ranks: int) -> None:
+    assert run(tmp_path, ranks, "remembers:llama") == ""
+
+
+@pytest.mark.thorough
 def test_a_history_goes_on_under_another_number_of_ranks(tmp_path: Path) -> None:
     assert run(tmp_path, 2, "starts:llama") == ""
     assert run(tmp_path, 1, "starts:llama", "goes_on:llama:2") == ""

@@ -43,19 +43,21 @@ def main(arguments: list[str]) -> None:
     models = compiled_models(args)
     weights = sum(parameter.nbytes for parameter in models["dense"].parameters())
     tokens = torch.randint(args.vocab, (args.batch, args.length), device=args.device)
-    on_cpu = torch.device(args.device).type == "cpu"
-    allocated: dict[str, list[int]] = {}
-    resident: dict[str, list[int]] = {}
-    for name, model in models.items():
-        call = prefill_call(model, tokens)
-        for _ in range(2):
-            call()
-        allocated[name] = [allocated_on_cpu(call)] if on_cpu else [peak_on_gpu(call) for _ in range(args.repeats)]
-        resident[name] = [resident_on_cpu(call) for _ in range(args.repeats)] if on_cpu else []
-    print(table({"allocated": allocated, "resident": resident} if on_cpu else {"allocated": allocated}, weights))
+    by_model = {name: peaks_of(prefill_call(model, tokens), args) for name, model in models.items()}
+    measured = {kind: {name: peaks[kind] for name, peaks in by_model.items()} for kind in by_model["dense"]}
+    print(table(measured, weights))
     if args.json:
-        found = {"weight_bytes": weights, "allocated_bytes": allocated, "resident_bytes": resident}
+        found = {"weight_bytes": weights} | {f"{kind}_bytes": peaks for kind, peaks in measured.items()}
         write_json(args.json, {"machine": described, "arguments": options(args), **found})
+
+
+def peaks_of(call: Callable[[], object], args: argparse.Namespace) -> dict[str, list[int]]:
+    """Bytes beyond those before the call, by kind of memory, for each repetition."""
+    for _ in range(2):
+        call()
+    if torch.device(args.device).type != "cpu":
+        return {"allocated": [peak_on_gpu(call) for _ in range(args.repeats)]}
+    return {"allocated": [allocated_on_cpu(call)], "resident": [resident_on_cpu(call) for _ in range(args.repeats)]}
 
 
 def peak_on_gpu(call: Callable[[], object]) -> int:

@@ -35,23 +35,17 @@ def capture(module: GraphModule, config: PruneConfig, positional: Sequence[str] 
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     sources = [_torch.placeholder_source(node) for node in placeholders]
     values = _torch.placeholder_values(module)
-    _unite_sizes_of_caches(
-        [
-            value
-            for source, value in zip(sources, values, strict=True)
-            if not _torch.source_parameter(source) and _torch.source_argument(source, positional) != ATTENTION_MASK
-        ]
-    )
+    arguments = [_torch.source_argument(source, positional) for source in sources]
+    _unite_sizes_of_caches([value for value, name in zip(values, arguments, strict=True) if name != ATTENTION_MASK])
     traced = _torch.to_aten(module, values, COMPOSITES)
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     parameters: dict[Node, str] = {}
     masks: list[Node] = []
     batch: tuple[Any, Any] | None = None
-    for node, source in zip(inputs, sources, strict=True):
+    for node, source, argument in zip(inputs, sources, arguments, strict=True):
         name = _torch.source_parameter(source)
         if name:
             parameters[node] = name
-        argument = _torch.source_argument(source, positional)
         if argument == ATTENTION_MASK and node.meta["val"].dim() in (2, 4):
             masks.append(node)
         elif argument in TOKENS and node.meta["val"].dim() >= 2:

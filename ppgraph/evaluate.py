@@ -260,13 +260,18 @@ class Comparison:
         curves: dict[str, list[tuple[float, float]]] = {}
         for config, row in sorted(whole, key=lambda known: known[0]["ratio"]):
             saved = row.saved(self.dense)["time_saved" if timed else "flops_saved"]
-            curves.setdefault(config["method"], []).append((100 * saved, row.found["perplexity"]))
+            curves.setdefault(_variant(config), []).append((100 * saved, row.found["perplexity"]))
         for method, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
         axes.axhline(self.dense.found["perplexity"], linestyle="--", color="grey", label="dense")
         axes.set(xlabel=f"{'time' if timed else 'FLOPs'} saved, %", ylabel="perplexity", yscale="log")
         axes.legend()
         figure.savefig(path)
+
+
+def _variant(config: Mapping[str, Any]) -> str:
+    """What all ratios of a curve have in common."""
+    return str(config["method"]) + (f" history_below={config['history_below']}" if config.get("history_below") else "")
 
 
 def require_matplotlib() -> None:

@@ -47,6 +47,11 @@ def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
         if len(kept) == count:
             return torch.from_numpy(kept)
     # More are as high as the last one, or some are NaN (which stand for the highest).
+    return highest_by_sorting(scores, count)
+
+
+def highest_by_sorting(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """What `highest` gives, on any device."""
     best = torch.sort(scores, stable=True, descending=True).indices[:count]
     return torch.sort(best).values
 

@@ -30,6 +30,7 @@ from ppgraph.errors import (
 from ppgraph.inspect import rates as device_rates
 from ppgraph.inspect.dump import observers
 from ppgraph.interrupts import interrupts_held_back
+from ppgraph.kernels import highest_by_sorting
 from ppgraph.lowering import Compiled, lower, written_inputs
 from ppgraph.methods import ALLOCATIONS, SCORES, Candidate, require_consistent
 from ppgraph.passes import ANALYSE, CALIBRATE, CHOOSE, PRUNE, REUSE, Pass, Program, Site, run_passes
@@ -140,6 +141,8 @@ class Runtime:
         self.shares: dict[str, Share] = {}
         self._terms: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
         self._packed: dict[str, tuple[Selection, Sequence[int], torch.Tensor]] = {}
+        # What was read last: steps ask for the same again and again.
+        self._last_packed: tuple[Packing, Selection, Sequence[int], Sequence[torch.Tensor]] | None = None
         self._by_history: tuple[int, Mapping[str, torch.Tensor], Selection] | None = None
         self._smallest_batch: float = math.inf  # tokens of the smallest one looked at; 0 once a warning is out
 
@@ -280,8 +283,7 @@ class Runtime:
     def _kept_by_history(self, site: Site, term: torch.Tensor) -> torch.Tensor:
         """The channels [C'] of the site's units with the highest scores, from all positions together."""
         channels = SCORES[self.config.score].channels(self.history[site.name].sum(0), term)
-        order = torch.sort(self._unit_scores(site, channels), stable=True, descending=True).indices
-        units = torch.sort(order[: site.kept_units]).values
+        units = highest_by_sorting(self._unit_scores(site, channels), site.kept_units)
         return (units.unsqueeze(1) * site.block + torch.arange(site.block, device=units.device)).flatten()
 
     def weight_term(self, site: str, weight: torch.Tensor, dim: int) -> torch.Tensor:
@@ -358,7 +360,18 @@ class Runtime:
         self, packing: Packing, inputs: Sequence[torch.Tensor], selection: Selection
     ) -> Sequence[torch.Tensor]:
         """Weights indexed by a selection; those of the last selection are kept, so memory holds one packed copy."""
-        versions = [_version(value) for value in inputs]
+        versions, last = [_version(value) for value in inputs], self._last_packed
+        if last is not None and last[0] is packing and last[1] is selection and last[2] == versions:
+            return last[3]
+        self._last_packed = None  # until all is known to be filled
+        filled = self._filled(packing, inputs, versions, selection)
+        self._last_packed = (packing, selection, versions, filled)
+        return filled
+
+    def _filled(
+        self, packing: Packing, inputs: Sequence[torch.Tensor], versions: Sequence[int], selection: Selection
+    ) -> Sequence[torch.Tensor]:
+        """The packed weights: those that a graph, this or another, has filled, or all of them filled anew."""
         states = [[versions[place] for place in places] for places in packing.made_of]
         held = [self._packed.get(content) for content in packing.contents]
         current = [
@@ -369,7 +382,7 @@ class Runtime:
         if len(current) == len(held):
             return current
         for content in packing.contents:
-            self._packed.pop(content, None)  # until they are filled
+            self._packed.pop(content, None)  # which may be interrupted
         memory = packing.allocate(inputs[0].device, [None if one is None else one[2] for one in held])
         with torch.inference_mode(False), torch.no_grad():
             filled: Sequence[torch.Tensor] = packing.module(*inputs, *memory)

@@ -165,7 +165,7 @@ class History:
         return {name: portions[name](units) if name in portions else units for name, units in self.allocation.items()}
 
     def require_observed(self) -> frozenset[str]:
-        """The names of the sites, of which something was observed.
+        """The names of the sites, once something was observed of them.
 
         Raises:
             HistoryError: nothing was.

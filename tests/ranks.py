@@ -308,7 +308,9 @@ def averages(folder: Path) -> None:
     expected = torch.cat([(seen * values[:, :5]).sum(0) / seen.sum(0), values[:, 5:7].mean(0), values[0, 7:]])
     own.reserve(200 + 300 * rank)
     for _ in range(2):  # a second time changes nothing
+        version = own.version
         own.average()
+        assert own.version > version
         torch.testing.assert_close(own["layers.0.mlp"][:9], expected)
         torch.testing.assert_close(own.seen[:5], seen[..., 0].mean(0))
     assert len(set(of_all_ranks(own.positions))) == 1

@@ -822,8 +822,10 @@ class Reference:
             remembered = pruned and not runs_dense and input_ids.numel() < self.history_below
             units = torch.arange(block.units)
             if pruned:
-                f = self.remembered_statistic(block) if remembered else None
-                f = self.fused_statistic(block, residual, x, positional, real, runs_dense) if f is None else f
+                if remembered:
+                    f = self.remembered_statistic(block)
+                else:
+                    f = self.fused_statistic(block, residual, x, positional, real, runs_dense)
                 scores = self.score(f, block.exit_weight(), block.unit_size)
                 kept = self.chosen(block, scores)
                 selection[block.site] = block.channels(kept)

@@ -118,6 +118,19 @@ def test_dense_tokens_need_tokens_that_are_probed_one_by_one(others: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"statistics": "probe"}, r"history_below=50 needs statistics='fused' or 'history', found 'probe'"),
+        ({"method": "full-batch"}, r"history_below=50 needs statistics='fused' or 'history', found 'probe'"),
+        ({"dense_below": 50}, r"history_below=50 never applies, .* dense_below=50 tokens run dense"),
+    ],
+)
+def test_history_below_needs_a_history_and_batches_that_do_not_run_dense(others: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig(history_below=50, **others)
+
+
+@pytest.mark.parametrize(
     ("kept", "dense", "multiple", "expected"),
     [(832, 0.25, 64, 576), (832, 0.25, 1, 597), (832, 0.5, 64, 128), (832, 0.6, 64, 64), (40, 0.25, 64, 40)],
 )

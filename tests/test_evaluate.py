@@ -285,6 +285,15 @@ def test_the_command_needs_a_tokenizer(tmp_path: Path) -> None:
     assert command._read(text) == TEXT + "\n"
 
 
+def test_rows_that_go_by_the_history_have_a_name_and_a_curve_of_their_own() -> None:
+    plain, remembered = (dict(command._configs(["pp"], [0.2, 0.4], below)) for below in (0, 100))
+    assert list(plain) == ["pp 0.2", "pp 0.4"]
+    assert list(remembered) == ["pp 0.2 history_below=100", "pp 0.4 history_below=100"]
+    assert {config.history_below for config in remembered.values()} == {100}
+    configs = [config.to_dict() for config in (*plain.values(), *remembered.values())]
+    assert [evaluate._variant(config) for config in configs] == ["pp"] * 2 + ["pp history_below=100"] * 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
 def test_a_plot_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pip install 'ppgraph\[plot\]'"):

@@ -106,9 +106,11 @@ def test_a_changed_weight_or_history_is_chosen_by_anew(tmp_path: Path) -> None:
         model.model.layers[0].mlp.down_proj.weight[:, lost] *= 1000
     pruned(**SMALL, use_cache=False)
     assert lost in pruned.ppgraph.selection()[site]
+    by_weights = pruned.ppgraph.runtime.selection
     ppgraph.calibrate(pruned, [batch(4, 30)], progress=False)
     pruned(**SMALL, use_cache=False)
     moved = pruned.ppgraph.runtime.selection
+    assert moved is not by_weights
     history.load(tmp_path)
     pruned(**SMALL, use_cache=False)
     assert pruned.ppgraph.runtime.selection is not moved

@@ -179,6 +179,31 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def written_operands(node: Node) -> list[Node]:
+    """The operands that a call writes to in place."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return []
+    described = enumerate(target._schema.arguments)
+    found: list[Node] = []
+    torch.fx.map_arg([argument(node, place, one.name) for place, one in described if one.is_write], found.append)
+    return found
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory this one shows, through views and results of writes in place."""
+    while node.op == "call_function" and node.all_input_nodes and _shows_operand(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _shows_operand(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in target._schema.returns)
+    return target is operator.getitem
+
+
 def call_target(node: Node) -> Callable[..., Any]:
     """The function that a call node calls."""
     assert callable(node.target)
@@ -564,15 +589,14 @@ def key_axes(node: Node) -> Operands:
 def slot_write(node: Node) -> Node | None:
     """The operator that wrote new keys or values [B, H, S, D] into the slots of a cache, seen through views.
 
-    An `index_copy`, or the `copy_` of a full window that made room for one more.
+    An `index_copy`, or the `index_put` that a full window which made room for one more is overwritten with.
     """
     while is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     if _rank(node) != 4:
         return None
-    if _packet(node) is aten.copy_:
-        put = node.args[1]
-        return node if isinstance(put, Node) and _packet(put) is aten.index_put and _writes_slots(put) else None
+    if _packet(node) is aten.index_put:
+        return node if _writes_slots(node) else None
     if _packet(node) not in (aten.index_copy, aten.index_copy_):
         return None
     return node if _dim(node, node.args[1]) == _rank(node) - 2 else None  # type: ignore[arg-type]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, Node
 
 from ppgraph.errors import GraphError
-from ppgraph.passes.base import Builder, PassResult, Program, shape_of
+from ppgraph.passes.base import Builder, PassResult, Program, shape_of, target_name
 from ppgraph.passes.channels import Narrower, share_linears
 from ppgraph.passes.find_sites import Block
-from ppgraph.passes.operators import linear_bias
+from ppgraph.passes.operators import linear_bias, memory_of, written_operands
 
 aten = torch.ops.aten
 
@@ -65,7 +67,7 @@ def sort_topologically(graph: Graph) -> None:
     The parts of a fused projection that stay whole are read where the dense projection was, before the new one.
 
     Raises:
-        GraphError: a node depends on itself.
+        GraphError: a node depends on itself, or has moved past a write to memory that it uses.
     """
     placed: set[Node] = set()
     opened: set[Node] = set()
@@ -81,3 +83,19 @@ def sort_topologically(graph: Graph) -> None:
             if not missing and (ready := waiting.pop()) not in placed:
                 placed.add(ready)
                 end.prepend(ready)
+    _require_same_order_around_writes(nodes, list(graph.nodes)[:-1])
+
+
+def _require_same_order_around_writes(before: Sequence[Node], after: Sequence[Node]) -> None:
+    """Operands alone don't tell that a write in place changes what others read of the same memory."""
+    old, new = ({node: place for place, node in enumerate(nodes)} for nodes in (before, after))
+    for write in filter(written_operands, after):
+        memory = set(map(memory_of, written_operands(write)))
+        for node in after:
+            moved_past = (old[node] < old[write]) != (new[node] < new[write])
+            if moved_past and not memory.isdisjoint(map(memory_of, node.all_input_nodes)):
+                raise GraphError(
+                    f"{node.name} ({target_name(node)}) has moved past {write.name} ({target_name(write)}), which "
+                    "writes to memory that it uses; expected writes that capture spells as new tensors: "
+                    "`capture.NORMALISATIONS` needs a rule for this one"
+                )

@@ -33,8 +33,8 @@ def ppgraph_backend(
         module: Dynamo's graph.
         inputs: Its example inputs.
         options: Fields of `PruneConfig`, and Inductor's own options (which may not be combined with `mode`).
-        mode: A mode of `torch.compile`. Those with CUDA graphs, such as `"reduce-overhead"`, record steps of decoding,
-            not prompts.
+        mode: A mode of `torch.compile`. Those with CUDA graphs, such as `"reduce-overhead"`, record steps of decoding
+            and prompts below `history_below`.
 
     Raises:
         ConfigError: an option that neither knows, or an unknown mode.

@@ -258,6 +258,34 @@ def _read_new_keys_of_fresh_slots(node: Node) -> bool:
     return True
 
 
+def _write_to_input_last(node: Node) -> bool:
+    """All of a model's argument is overwritten at the end of the graph; until then what it gets is read in its place.
+
+    Sliding caches that are full make room so. The passes copy what read the old keys, and their copies stand behind
+    the place where the model wrote.
+    """
+    if node.target is not aten.copy_.default:
+        return False
+    base, source = node.args[:2]
+    if not isinstance(base, Node) or not isinstance(source, Node) or base.op != "placeholder":
+        return False
+    before, after = base.meta["val"], source.meta["val"]
+    alike = before.dtype == after.dtype and before.dim() == after.dim()
+    if not alike or not all(map(same_size, before.shape, after.shape)) or _reads_through_views(base, node):
+        return False
+    for user in [user for user in (*base.users, *node.users) if user > node and user.op != "output"]:
+        user.replace_input_with(base, source)
+        user.replace_input_with(node, source)
+    next(iter(node.graph.find_nodes(op="output"))).prepend(node)
+    return True
+
+
+def _reads_through_views(base: Node, place: Node) -> bool:
+    """Whether behind `place` anything reads `base` through a view that was made ahead of it."""
+    views = [user for user in base.users if is_view(user) and user < place]
+    return any(_has_users_after(view, place) or _reads_through_views(view, place) for view in views)
+
+
 def _owns_memory(node: Node) -> bool:
     """Whether nothing but this node's own users can see its memory."""
     target = node.target
@@ -285,6 +313,7 @@ NORMALISATIONS = (
     _assign_to_whole,
     _without_mutation,
     _read_back_what_was_written,
+    _write_to_input_last,
     _read_new_keys_of_fresh_slots,
 )
 

@@ -26,7 +26,7 @@ from ppgraph import _torch
 from ppgraph.errors import LoweringError
 from ppgraph.kernels import ATTENTION_BY_BLOCKS, COLUMNS, KEYS_BY_BLOCK
 from ppgraph.passes.base import Builder, Program, same_size, shape_of, signature
-from ppgraph.passes.operators import argument, is_fused_attention, is_one
+from ppgraph.passes.operators import argument, is_fused_attention, is_one, written_operands
 
 log = logging.getLogger("ppgraph")
 
@@ -145,7 +145,7 @@ def _compiled(modules: Sequence[GraphModule], options: Mapping[str, Any]) -> lis
     elsewhere = any(_off_the_cpu(node) for module in modules for node in module.graph.nodes)
     if not elsewhere:
         _let_the_heap_keep_a_layer()
-    # Steps are recorded in `ppgraph.replay`; graphs with a prompt's shapes are not.
+    # What is recorded is recorded in `ppgraph.replay`.
     options = {**options, "triton.cudagraphs": False}
     spare = [_copy(module) for module in modules]
     try:
@@ -226,14 +226,10 @@ def _nodes_without_stream(program: Program) -> list[Node]:
     written = _written(program)
     found: dict[Node, None] = dict.fromkeys(node for node in program.placeholders() if node not in written)
     for node in program.graph.nodes:
-        movable = node.op == "call_function" and not _writes(node) and node not in program.cuts and node not in written
-        if movable and node.all_input_nodes and all(operand in found for operand in node.all_input_nodes):
+        stays = node.op != "call_function" or written_operands(node) or node in program.cuts or node in written
+        if not stays and node.all_input_nodes and all(operand in found for operand in node.all_input_nodes):
             found[node] = None
     return [node for node in found if node.op == "call_function"]
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def written_inputs(program: Program) -> frozenset[int]:
@@ -245,9 +241,9 @@ def written_inputs(program: Program) -> frozenset[int]:
 def _written(program: Program) -> set[Node]:
     """What the graph's operators write to, and what that is made of: a view is made of its first operand."""
     found: set[Node] = set()
-    for node in filter(_writes, program.graph.nodes):
-        for place, described in enumerate(node.target._schema.arguments):
-            written = argument(node, place, described.name) if described.is_write else None
+    for node in program.graph.nodes:
+        for operand in written_operands(node):
+            written: Any = operand
             while isinstance(written, Node) and written not in found:
                 found.add(written)
                 written = next(iter(written.args), None)

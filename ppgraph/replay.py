@@ -1,9 +1,10 @@
-"""Steps of decoding as CUDA graphs: a step's kernels recorded once and then launched together.
+"""Steps of decoding, and small prompts by the history, as CUDA graphs: kernels recorded once and launched together.
 
 A step of one token is often over sooner than its kernels are launched one by one. Inductor's own CUDA graphs copy
 every input that it does not know to stay in place; a lowered step takes its weights, caches and selections as inputs.
 Here two calls tell: what lies where it lay in the call before is read there, and the rest, such as the token, is copied
-into memory of the recording. Prompts are not recorded: their shapes change, and their kernels outlast the launches.
+into memory of the recording. Prompts below `history_below` are recorded where two of the same shape follow each other;
+those that choose for themselves are not: they are larger, and their kernels outlast the launches.
 """
 
 from __future__ import annotations

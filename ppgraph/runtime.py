@@ -427,8 +427,8 @@ class Runtime:
         if phase in ("prefill", "calibrate"):
             return lower(program, self.options)
         program.cuts.clear()  # a step of one token, or a small prompt, is over sooner than the calls that cuts make
-        # Nobody has recorded prompts, or what ranks exchange, yet.
-        is_recorded = phase not in CHOOSING and not program.sharded
+        # Nobody has recorded what chooses by itself, or what ranks exchange, yet.
+        is_recorded = phase != "choose" and not program.sharded
         if not is_recorded or not _torch.wants_cuda_graphs(self.options, _device(program)):
             return lower(program, self.options)
         written = written_inputs(program)  # lowering takes the graph

@@ -271,7 +271,8 @@ def transform(
         model: A causal language model of transformers in eval mode.
         config: What to prune; the default config when None.
         lowering: `"inductor"`, a dict of Inductor's own options, or `"eager"` (the rewritten graph as it is). With
-            `{"triton.cudagraphs": True}` steps of decoding, not prompts, are recorded as CUDA graphs.
+            `{"triton.cudagraphs": True}` steps of decoding and prompts below `history_below` are recorded as CUDA
+            graphs.
         **overrides: Fields of `PruneConfig` that replace those of `config`.
 
     Raises:

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch._dynamo.guards
 
-from ppgraph import kernels
+from ppgraph import _torch, kernels, runtime
+from ppgraph.replay import Replayed
+from tests.test_replay import Recorder
 
 # The models of tests are tiny: what takes time is capturing graphs, in Python. One thread each for several workers.
 torch.set_num_threads(1)
@@ -30,6 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ppgraph")
     group.addoption("--thorough", action="store_true", help="all families whole, four ranks, real weights: takes hours")
     group.addoption("--write-families", action="store_true", help="write what the tests find to the tables of families")
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """What records in the place of CUDA graphs; nothing is compiled."""
+    made = Recorder()
+    monkeypatch.setattr(_torch, "wants_cuda_graphs", lambda options, device: True)
+    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
+    monkeypatch.setattr(runtime, "Replayed", lambda step, written: Replayed(step, written, made))
+    return made
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

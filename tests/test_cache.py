@@ -184,6 +184,17 @@ def test_a_prefill_chooses_the_same_from_any_cache_as_without_one() -> None:
         assert_same(without, other)
 
 
+def test_a_turn_into_a_full_window_chooses_as_with_a_cache_that_grows() -> None:
+    """The model overwrites its window ahead of where the probe, which goes through the block again, reads old keys."""
+    dense, chosen = built("gemma3"), []
+    for kind in ("dynamic", "static"):
+        pruned, cache = ppgraph.transform(dense, **OPTIONS), empty_cache(kind, dense)
+        for length in (PROMPT, TURN):
+            pruned(prompts(3, length, padded=False)["input_ids"], **cached(cache))
+        chosen.append(pruned.ppgraph.selection())
+    assert_same(*chosen)
+
+
 def test_a_cache_that_is_reset_takes_a_new_prompt() -> None:
     dense = model(4)
     pruned = ppgraph.transform(dense, **OPTIONS)

@@ -13,9 +13,7 @@ from torch import nn
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ppgraph
-from ppgraph import _torch, runtime
 from ppgraph.errors import DecodeError
-from ppgraph.replay import Replayed
 from ppgraph.runtime import cache_of
 from tests.reference import find_exit, masked_dense_logits
 from tests.test_replay import Recorder
@@ -106,11 +104,8 @@ def test_a_config_that_removes_nothing_decodes_as_the_dense_model() -> None:
 
 
 @pytest.mark.parametrize(("cache", "replays"), [("static", 10), ("dynamic", 0)])
-def test_steps_into_memory_that_stays_are_replayed(cache: str, replays: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, dense = Recorder(), model(2)
-    monkeypatch.setattr(_torch, "wants_cuda_graphs", lambda options, device: True)
-    monkeypatch.setattr(_torch, "lower_with_inductor", lambda module, options: module)
-    monkeypatch.setattr(runtime, "Replayed", lambda step, written: Replayed(step, written, recorder))
+def test_steps_into_memory_that_stays_are_replayed(cache: str, replays: int, recorder: Recorder) -> None:
+    dense = model(2)
     pruned = ppgraph.transform(dense, **{**OPTIONS, "lowering": "inductor"})
     wanted = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
     for padded in (True, False):

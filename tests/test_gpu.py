@@ -47,10 +47,16 @@ def test_generate_gives_the_tokens_of_the_eager_graphs(cache: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_steps_are_replayed_as_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    replays: list[torch.cuda.CUDAGraph] = []
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
+    """The CUDA graphs that were replayed."""
+    found: list[torch.cuda.CUDAGraph] = []
     replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (found.append(graph), replay(graph)))
+    return found
+
+
+def test_steps_are_replayed_as_cuda_graphs(replays: list[torch.cuda.CUDAGraph]) -> None:
     dense = model(2, layers=1).cuda()
     wanted = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     eager = ppgraph.transform(dense, **OPTIONS)
@@ -60,3 +66,15 @@ def test_steps_are_replayed_as_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> N
         inputs = on_gpu(prompt)
         assert torch.equal(pruned.generate(**inputs, **wanted), eager.generate(**inputs, **wanted))
         assert len(replays) >= before + 10
+
+
+def test_small_prompts_by_the_history_are_replayed_as_cuda_graphs(replays: list[torch.cuda.CUDAGraph]) -> None:
+    dense, inputs = llama(2).cuda(), on_gpu(FOUR[0])
+    logits = []
+    for lowering in ("eager", {"triton.cudagraphs": True}):
+        pruned = ppgraph.transform(dense, ratio=0.4, lowering=lowering, history_below=10_000, **SIZES)
+        ppgraph.calibrate(pruned, [on_gpu(FOUR[1])], progress=False)
+        logits.append([pruned(**inputs, use_cache=False).logits for _ in range(4)])
+    for found, expected in zip(*logits, strict=True):
+        assert relative(found, expected) < 1e-5
+    assert len(replays) == 3

@@ -12,13 +12,14 @@ from ppgraph import _torch
 from tests.fuzzing import Batch, Case, check
 from tests.test_dense_below import LARGE, SMALL, phases
 from tests.test_exactness import SIZES, batch, llama
+from tests.test_replay import Recorder
 
 CONFIG = {**SIZES, "ratio": 0.4, "history_below": 32}
 CALIBRATION = (Batch(samples=4, length=12), Batch(samples=3, length=9, padding="left", seed=1))
 
 
 def calibrated(model: LlamaForCausalLM, **config: Any) -> Any:
-    pruned = ppgraph.transform(model, lowering="eager", **{**CONFIG, **config})
+    pruned = ppgraph.transform(model, **{**CONFIG, "lowering": "eager", **config})
     ppgraph.calibrate(pruned, [batch(4, 16), batch(2, 20, "left")], progress=False)
     pruned.ppgraph.runtime.graphs.clear()
     return pruned
@@ -92,6 +93,15 @@ def test_weights_are_packed_once_until_the_history_moves() -> None:
     pruned(**LARGE)
     pruned(**SMALL)
     assert packed_memory(pruned) != first
+
+
+def test_prompts_of_one_shape_are_replayed_and_read_what_is_packed_anew(recorder: Recorder) -> None:
+    model = llama(2)
+    recorded, expected = calibrated(model, lowering="inductor"), calibrated(model)
+    for inputs, replays in ((SMALL, 0), (SMALL, 1), (LARGE, 1), (SMALL, 2), (batch(3, 9), 2), (SMALL, 2)):
+        found, wanted = (each(**inputs, use_cache=False).logits for each in (recorded, expected))
+        torch.testing.assert_close(found, wanted)
+        assert recorder.replayed == replays
 
 
 def test_a_changed_weight_or_history_is_chosen_by_anew(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from ppgraph.passes.reuse_selection import ReuseSelection
 from ppgraph.passes.select_weights import SelectWeights, sort_topologically
 from tests.passes.graphs import SITE, Attention, Captured, Flattened, Fused, Mlp, Residual, captured, hidden, targets
 
+aten = torch.ops.aten
+
 
 def narrowed(block: nn.Module, *inputs: torch.Tensor, kept: int | None = None) -> Captured:
     """The block's graph, captured with `inputs` if there are any, with the kept units as an input."""
@@ -215,6 +217,22 @@ def test_a_node_that_depends_on_itself_is_an_error() -> None:
     graph.output(second)
     first.args = (second,)
     with pytest.raises(GraphError, match="neg depends on itself"):
+        sort_topologically(graph)
+
+
+@pytest.mark.parametrize("through", ["itself", "a view"])
+def test_a_node_that_moves_past_a_write_to_what_it_reads_is_an_error(through: str) -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    memory = graph.call_function(aten.clone.default, (x,))
+    written = memory if through == "itself" else graph.call_function(aten.slice.Tensor, (memory, 0, 0, 1))
+    user = graph.call_function(aten.neg.default, (x,))
+    graph.call_function(aten.add_.Tensor, (written, x))
+    read = graph.call_function(aten.exp.default, (memory,))
+    graph.output((user, read))
+    sort_topologically(graph)  # nothing moves
+    user.args = (read,)
+    with pytest.raises(GraphError, match=r"exp.* has moved past add_"):
         sort_topologically(graph)
 
 

@@ -1,8 +1,8 @@
 """Random cases: a model, a config and calls on it, each call compared with the masked dense model.
 
-`cases()` draws them (hypothesis shrinks what fails), `check(case)` runs one. A case prints as the call that makes it,
-so what a failing test prints is the program that fails again. `tests/test_fuzzing.py` runs a few of them,
-`tests/reliability/fuzz.py` thousands.
+`cases()` draws them (hypothesis shrinks what fails), `check(case)` runs one: with a static cache in float64 also with a
+dynamic one, which must choose the same. A case prints as the call that makes it, so what a failing test prints is the
+program that fails again. `tests/test_fuzzing.py` runs a few of them, `tests/reliability/fuzz.py` thousands.
 """
 
 from __future__ import annotations
@@ -446,6 +446,12 @@ class Judge:
         exact = case.dtype in ("float32", "float64") and self.config.observed == "mean-square"
         moving = self.config.statistics == "fused" and self.config.history_momentum < 1
         self.replay = HistoryReplay(self.config.history_momentum) if exact and moving else None
+        self.chosen: list[Mapping[str, Tensor]] = []  # of each call
+
+    def calls(self) -> int:
+        """Run the whole case. Returns the number of calls."""
+        self.calibrate()
+        return sum(map(self.run, self.case.batches))
 
     def calibrate(self) -> None:
         if not self.case.calibration or self.config.ratio == 0:
@@ -486,6 +492,7 @@ class Judge:
             is_remembered = not is_step and not is_small and self._goes_by_history(inputs)
             chosen = {} if is_small or (is_step and self.config.decode == "dense") else selection
             self._require_selection(selection)
+            self.chosen.append(selection)
             differing = {} if is_step and self.config.decode == "reuse" else self.pruned.ppgraph.dense_tokens()
             _require(not (is_small and differing), "tokens of a prompt that runs dense keep fewer channels")
             _require(not (is_remembered and differing), "tokens of a prompt that is not probed differ")
@@ -680,10 +687,15 @@ def check(case: Case) -> int:
     torch._dynamo.reset()
     try:
         judge = Judge(case)
-        judge.calibrate()
-        return sum(judge.run(batch) for batch in case.batches)
+        calls = judge.calls()
+        if case.cache == "static" and case.dtype == "float64":
+            other = Judge(dataclasses.replace(case, cache="dynamic"))
+            calls += other.calls()
+            alike = all(map(_same, judge.chosen, other.chosen))
+            _require(alike, "a static cache chose otherwise than one that grows")
     except ConfigError as error:
         raise Discarded(str(error)) from error
+    return calls
 
 
 def repro(case: Case) -> str:

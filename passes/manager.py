@@ -6,11 +6,16 @@ import logging
 import time
 from collections.abc import Sequence
 
+import torch
+from torch.fx import Node
+
 from ppgraph.errors import GraphError
 from ppgraph.passes.base import Pass, PassResult, Program
+from ppgraph.passes.operators import memory_of
 from ppgraph.passes.verify import verify
 
 log = logging.getLogger("ppgraph.passes")
+aten = torch.ops.aten
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
@@ -58,11 +63,29 @@ def _check_order(program: Program, step: Pass) -> None:
 
 
 def _attach_results(program: Program) -> None:
-    """Results become outputs after the model's own; what nothing uses any more goes."""
+    """Results become outputs after the model's own; writes to inputs go to their layers, and what nothing uses goes."""
     output = program.output()
     (outputs,) = output.args
     assert isinstance(outputs, (tuple, list))
     output.args = ((*outputs, *program.results.values()),)
+    _write_behind_last_readers(program)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.module.recompile()
+
+
+def _write_behind_last_readers(program: Program) -> None:
+    """Overwrite inputs (full sliding windows) in the layer that reads them last, which can then free the new keys.
+
+    Capture puts such writes at the graph's end, behind all that the passes add.
+    """
+    last: dict[Node, Node] = {}
+    writes: list[Node] = []
+    for node in program.graph.nodes:
+        if node.target is aten.copy_.default and node.all_input_nodes[0].op == "placeholder":
+            writes.append(node)
+        else:
+            last |= dict.fromkeys(map(memory_of, node.all_input_nodes), node)
+    for node in writes:
+        written, source = node.all_input_nodes
+        max(last.get(written, source), source, program.first_call().prev).append(node)

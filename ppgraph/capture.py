@@ -262,7 +262,7 @@ def _write_to_input_last(node: Node) -> bool:
     """All of a model's argument is overwritten at the end of the graph; until then what it gets is read in its place.
 
     Sliding caches that are full make room so. The passes copy what read the old keys, and their copies stand behind
-    the place where the model wrote.
+    the place where the model wrote; `run_passes` puts the write behind the last of them.
     """
     if node.target is not aten.copy_.default:
         return False

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from ppgraph.errors import GraphError
 from ppgraph.passes import ANALYSE, CALIBRATE, PRUNE, REUSE, Builder, PassResult, Program, manager
@@ -51,6 +52,40 @@ def test_results_become_outputs_and_what_nobody_uses_goes() -> None:
     torch.testing.assert_close(graph.results(x)["negated"], -expected)
     torch.testing.assert_close(graph.output(x), expected)
     assert len(graph.program.output().args[0]) == 2
+
+
+class Window(nn.Module):
+    """Makes room for a new token in its input, as full sliding windows do, and reads the input again."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x.copy_(torch.cat([x[:, 1:], x[:, :1].neg()], 1))
+        return x.relu(), x.sum(1).exp()
+
+
+class Rereading:
+    """A pass that reads the old tokens once more, at the graph's end, and then adds something else."""
+
+    name = "rereading"
+    requires: tuple[str, ...] = ()
+
+    def __call__(self, program: Program) -> PassResult:
+        build = Builder(program, program.output(), self.name)
+        old = next(node for node in program.graph.nodes if node.args[1:3] == (1, 1))
+        program.results["old"] = build(aten.abs.default, old)
+        program.results["else"] = build(aten.neg.default, program.output().args[0][0])
+        return PassResult(build.inserted)
+
+
+def test_an_input_is_overwritten_behind_all_that_reads_it_passes_included() -> None:
+    graph = captured(Window())
+    graph.apply(Rereading())
+    *_, read, written, last = targets(graph.program)
+    assert (read, written, last) == ("abs", "copy_", "neg")
+    old, x = hidden(), hidden()
+    found = graph.values(x)
+    torch.testing.assert_close(x, torch.cat([old[:, 1:], -old[:, :1]], 1))
+    torch.testing.assert_close(found[graph.program.results["old"]], old[:, 1:].abs())
+    torch.testing.assert_close(graph.output(hidden()), x.relu())
 
 
 def test_each_pass_is_recorded_and_logged(caplog: pytest.LogCaptureFixture) -> None:

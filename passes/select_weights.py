@@ -89,11 +89,13 @@ def sort_topologically(graph: Graph) -> None:
 def _require_same_order_around_writes(before: Sequence[Node], after: Sequence[Node]) -> None:
     """Operands alone don't tell that a write in place changes what others read of the same memory."""
     old, new = ({node: place for place, node in enumerate(nodes)} for nodes in (before, after))
+    users: dict[Node, list[Node]] = {}
+    for node in after:
+        for memory in set(map(memory_of, node.all_input_nodes)):
+            users.setdefault(memory, []).append(node)
     for write in filter(written_operands, after):
-        memory = set(map(memory_of, written_operands(write)))
-        for node in after:
-            moved_past = (old[node] < old[write]) != (new[node] < new[write])
-            if moved_past and not memory.isdisjoint(map(memory_of, node.all_input_nodes)):
+        for node in (user for operand in written_operands(write) for user in users[memory_of(operand)]):
+            if (old[node] < old[write]) != (new[node] < new[write]):
                 raise GraphError(
                     f"{node.name} ({target_name(node)}) has moved past {write.name} ({target_name(write)}), which "
                     "writes to memory that it uses; expected writes that capture spells as new tensors: "

@@ -193,14 +193,11 @@ def _written_through_slice(node: Node) -> Node | None:
 
 def _assign_to_whole(node: Node) -> bool:
     """After `x.copy_(y)` on all of x, y is read in its place: so end collectives that work in place."""
-    if node.target is not aten.copy_.default:
+    operands = _whole_copy(node)
+    if operands is None:
         return False
-    base, source = node.args[:2]
-    if not isinstance(base, Node) or not isinstance(source, Node) or not _owns_memory(base):
-        return False
-    before, after = base.meta["val"], source.meta["val"]
-    alike = before.dtype == after.dtype and all(map(same_size, before.shape, after.shape))
-    if not alike or before.dim() != after.dim() or any(map(is_view, base.users)):
+    base, source = operands
+    if not _owns_memory(base) or any(map(is_view, base.users)):
         return False
     for user in [user for user in base.users if user > node]:
         user.replace_input_with(base, source)
@@ -264,20 +261,29 @@ def _write_to_input_last(node: Node) -> bool:
     Sliding caches that are full make room so. The passes copy what read the old keys, and their copies stand behind
     the place where the model wrote; `run_passes` puts the write behind the last of them.
     """
-    if node.target is not aten.copy_.default:
+    operands = _whole_copy(node)
+    if operands is None:
         return False
-    base, source = node.args[:2]
-    if not isinstance(base, Node) or not isinstance(source, Node) or base.op != "placeholder":
-        return False
-    before, after = base.meta["val"], source.meta["val"]
-    alike = before.dtype == after.dtype and before.dim() == after.dim()
-    if not alike or not all(map(same_size, before.shape, after.shape)) or _reads_through_views(base, node):
+    base, source = operands
+    if base.op != "placeholder" or _reads_through_views(base, node):
         return False
     for user in [user for user in (*base.users, *node.users) if user > node and user.op != "output"]:
         user.replace_input_with(base, source)
         user.replace_input_with(node, source)
     next(iter(node.graph.find_nodes(op="output"))).prepend(node)
     return True
+
+
+def _whole_copy(node: Node) -> tuple[Node, Node] | None:
+    """The operands of `base.copy_(source)` that overwrites all of `base`, in its dtype; None for any other node."""
+    if node.target is not aten.copy_.default:
+        return None
+    base, source = node.args[:2]
+    if not isinstance(base, Node) or not isinstance(source, Node):
+        return None
+    before, after = base.meta["val"], source.meta["val"]
+    alike = before.dtype == after.dtype and before.dim() == after.dim()
+    return (base, source) if alike and all(map(same_size, before.shape, after.shape)) else None
 
 
 def _reads_through_views(base: Node, place: Node) -> bool:
